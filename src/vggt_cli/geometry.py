@@ -1,0 +1,157 @@
+"""Poses, pixels and rays: the one place for geometry.
+
+Extrinsics are world-to-camera [R | t] with OpenCV axes; pixel centres lie at +0.5; sizes are
+(height, width). Tensors have any leading axes `...` unless said.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vggt_cli.scene import Cameras, Prediction
+
+
+def rotation_from_quaternion(quaternion_xyzw: Tensor) -> Tensor:
+    """Rotation matrices [..., 3, 3] of quaternions [..., 4] of any length but zero.
+
+    Source: spec vggt section 6, vggt_omega section 8 (factor 2 / |q|^2).
+    """
+    x, y, z, w = quaternion_xyzw.unbind(-1)
+    s = 2 / quaternion_xyzw.square().sum(-1)
+    rows = [
+        [1 - s * (y * y + z * z), s * (x * y - z * w), s * (x * z + y * w)],
+        [s * (x * y + z * w), 1 - s * (x * x + z * z), s * (y * z - x * w)],
+        [s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y)],
+    ]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def quaternion_from_rotation(rotation: Tensor) -> Tensor:
+    """Quaternions xyzw [..., 4] with w >= 0 of rotation matrices [..., 3, 3].
+
+    The best conditioned of four candidates, so that no half turn divides by zero.
+    Source: spec vggt_omega section 8.
+    """
+    m = rotation
+    diagonal = torch.diagonal(m, dim1=-2, dim2=-1)
+    x, y, z = diagonal.unbind(-1)
+    squares = torch.stack([1 + x - y - z, 1 - x + y - z, 1 - x - y + z, 1 + x + y + z], -1)
+    roots = squares.clamp(min=0).sqrt()
+    a, b, c = m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1]
+    d, e, f = m[..., 1, 0] + m[..., 0, 1], m[..., 0, 2] + m[..., 2, 0], m[..., 2, 1] + m[..., 1, 2]
+    rx, ry, rz, rw = roots.square().unbind(-1)
+    candidates = (
+        torch.stack(
+            [
+                torch.stack([rx, d, e, a], -1),
+                torch.stack([d, ry, f, b], -1),
+                torch.stack([e, f, rz, c], -1),
+                torch.stack([a, b, c, rw], -1),
+            ],
+            -2,
+        )
+        / (2 * roots.clamp(min=0.1))[..., None]
+    )
+    best = roots.argmax(-1)[..., None, None].expand(*roots.shape[:-1], 1, 4)
+    quaternion = candidates.gather(-2, best)[..., 0, :]
+    return torch.where(quaternion[..., 3:] < 0, -quaternion, quaternion)
+
+
+def decode_pose(encoding: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Extrinsics [..., 3, 4] and intrinsics [..., 3, 3] of pose encodings [..., 9].
+
+    encoding: translation, quaternion xyzw, vertical and horizontal field of view in radians.
+    size: of the network's input; the principal point is its centre.
+    Source: spec vggt section 6, vggt_omega section 8.
+    """
+    H, W = size
+    translation, quaternion, fov = encoding.split([3, 4, 2], dim=-1)
+    extrinsics = torch.cat([rotation_from_quaternion(quaternion), translation[..., None]], -1)
+    half = torch.tensor([W / 2, H / 2]).to(encoding)
+    focal = half / torch.tan(fov.flip(-1) / 2)  # (f_x, f_y)
+    top = torch.cat([torch.diag_embed(focal), half[:, None].expand(*focal.shape, 1)], -1)
+    bottom = torch.tensor([0.0, 0.0, 1.0]).to(encoding).expand(*top.shape[:-2], 1, 3)
+    return extrinsics, torch.cat([top, bottom], -2)
+
+
+def encode_pose(extrinsics: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pose encodings [..., 9] of extrinsics [..., 3, 4] and intrinsics [..., 3, 3].
+
+    The principal point is not encoded. Source: spec vggt_omega section 8.
+    """
+    half = torch.tensor([size[1] / 2, size[0] / 2]).to(intrinsics)
+    focal = torch.diagonal(intrinsics, dim1=-2, dim2=-1)[..., :2]
+    fov = 2 * torch.atan(half / focal)
+    quaternion = quaternion_from_rotation(extrinsics[..., :3])
+    return torch.cat([extrinsics[..., 3], quaternion, fov.flip(-1)], -1)
+
+
+def pixel_centers(size: tuple[int, int], like: Tensor) -> Tensor:
+    """[H, W, 2] coordinates (x, y) of every pixel's centre, dtype and device of `like`."""
+    rows, columns = (torch.arange(n).to(like) + 0.5 for n in size)
+    return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
+
+
+def unproject(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
+    """World points [..., H, W, 3] of the z-depth maps `depth` [..., H, W]."""
+    xy = pixel_centers((depth.shape[-2], depth.shape[-1]), depth)
+    focal = torch.diagonal(intrinsics, dim1=-2, dim2=-1)[..., :2]  # [..., 2]
+    rays = (xy - intrinsics[..., None, None, :2, 2]) / focal[..., None, None, :]  # z = 1
+    camera = torch.cat([rays, torch.ones_like(rays[..., :1])], dim=-1) * depth[..., None]
+    rotation, translation = extrinsics[..., :3], extrinsics[..., None, None, :, 3]
+    # Row vectors: (x - t) R equals R^T (x - t).
+    return (camera - translation) @ rotation[..., None, :, :]
+
+
+def project(points: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels [..., H, W, 2] and z-depth [..., H, W] of world points [..., H, W, 3].
+
+    Points at or behind the camera have z <= 0 and pixels without meaning.
+    """
+    rotation, translation = extrinsics[..., :3], extrinsics[..., None, None, :, 3]
+    camera = points @ rotation.mT[..., None, :, :] + translation
+    z = camera[..., 2]
+    focal = torch.diagonal(intrinsics, dim1=-2, dim2=-1)[..., None, None, :2]
+    safe = torch.where(z == 0, torch.finfo(z.dtype).tiny, z)
+    return camera[..., :2] / safe[..., None] * focal + intrinsics[..., None, None, :2, 2], z
+
+
+def invert(extrinsics: Tensor) -> Tensor:
+    """World-from-camera [..., 3, 4] of world-to-camera [..., 3, 4] and the reverse."""
+    rotation = extrinsics[..., :3].mT
+    return torch.cat([rotation, -rotation @ extrinsics[..., 3:]], -1)
+
+
+def compose(a_from_b: Tensor, b_from_c: Tensor) -> Tensor:
+    """a_from_c [..., 3, 4] of two rigid maps [..., 3, 4]."""
+    rotation = a_from_b[..., :3] @ b_from_c[..., :3]
+    return torch.cat([rotation, a_from_b[..., :3] @ b_from_c[..., 3:] + a_from_b[..., 3:]], -1)
+
+
+def from_first_camera(prediction: Prediction) -> Prediction:
+    """The same prediction in a world whose origin is camera 0: its extrinsics are [I | 0].
+
+    The networks only tend to that; depth does not change under a rigid motion.
+    """
+    cameras = prediction.cameras
+    double = cameras.extrinsics.double()
+    moved = compose(double, invert(double[:1]).expand_as(double))
+    moved[0] = torch.eye(3, 4, dtype=torch.float64)
+    return Prediction(
+        Cameras(moved.to(cameras.extrinsics), cameras.intrinsics, cameras.image_size),
+        prediction.depth,
+        prediction.confidence,
+        prediction.tokens,
+        prediction.text,
+    )
+
+
+def resize(cameras: Cameras, target_from_pixel: Tensor, size: Tensor) -> Cameras:
+    """The cameras in other pixels of the same images.
+
+    target_from_pixel: [S, 3, 3] scale and shift, from the cameras' pixels to the new ones.
+    size: [S, 2] (height, width) of the new images.
+    """
+    intrinsics = (target_from_pixel @ cameras.intrinsics.double()).to(cameras.intrinsics)
+    return Cameras(cameras.extrinsics, intrinsics, size)

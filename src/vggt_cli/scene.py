@@ -1,0 +1,162 @@
+"""The nouns: what one photo set is from its files to the finished scene.
+
+Frozen dataclasses of CPU tensors without a batch axis. S frames, H x W network pixels,
+N points, K observations. Sizes are (height, width); pixel centres lie at +0.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # an array type only: `vggt --help` must not wait for torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """How a network wants its images: the size that its weights were trained at."""
+
+    mode: Literal["longer-side", "balanced"]  # VGGT; VGGT-Omega and mini
+    resolution: int  # pixels: longer side, or side of the square of equal area
+    patch_size: int  # pixels
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Frames as the network sees them, and the way back to their files."""
+
+    names: tuple[str, ...]  # path relative to the source folder
+    pixels: Tensor  # [S, 3, H, W] float32 sRGB in [0, 1]; padding white
+    valid: Tensor  # [S, H, W] bool, False on padding and where alpha is 0
+    source_from_network: Tensor  # [S, 3, 3] float64 network pixel -> upright source pixel
+    source_size: Tensor  # [S, 2] int64 size of the upright source
+
+    def __post_init__(self) -> None:
+        S, channels, H, W = self.pixels.shape
+        assert channels == 3, self.pixels.shape
+        assert len(self.names) == S, (len(self.names), S)
+        assert self.valid.shape == (S, H, W), self.valid.shape
+        assert self.source_from_network.shape == (S, 3, 3), self.source_from_network.shape
+        assert self.source_size.shape == (S, 2), self.source_size.shape
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, frames: slice) -> ImageSet:
+        return ImageSet(
+            self.names[frames],
+            self.pixels[frames],
+            self.valid[frames],
+            self.source_from_network[frames],
+            self.source_size[frames],
+        )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the network's input."""
+        return self.pixels.shape[-2], self.pixels.shape[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Cameras:
+    """Pinhole cameras of S frames, OpenCV axes: x right, y down, z forward."""
+
+    extrinsics: Tensor  # [S, 3, 4] world-to-camera [R | t], scene units
+    intrinsics: Tensor  # [S, 3, 3] pixels of image_size, pixel centres at +0.5
+    image_size: Tensor  # [S, 2] (height, width) in pixels
+
+    def __post_init__(self) -> None:
+        assert self.extrinsics.shape[1:] == (3, 4), self.extrinsics.shape
+        assert self.intrinsics.shape[1:] == (3, 3), self.intrinsics.shape
+        assert self.image_size.shape[1:] == (2,), self.image_size.shape
+
+    def __len__(self) -> int:
+        return len(self.extrinsics)
+
+    def __getitem__(self, frames: slice) -> Cameras:
+        return Cameras(self.extrinsics[frames], self.intrinsics[frames], self.image_size[frames])
+
+    @property
+    def centers(self) -> Tensor:
+        """[S, 3] optical centres in the world."""
+        rotation, translation = self.extrinsics[:, :, :3], self.extrinsics[:, :, 3:]
+        return -(rotation.mT @ translation)[..., 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a network says about an ImageSet; cameras in network pixels."""
+
+    cameras: Cameras
+    depth: Tensor  # [S, H, W] float32 z-depth > 0, scene units
+    confidence: Tensor  # [S, H, W] float32 >= 1; larger is surer, not a probability
+    tokens: Tensor | None = None  # [S, 1+R, 2D] camera and register tokens
+    text: Tensor | None = None  # [2D] text embedding of the whole set
+
+    def __post_init__(self) -> None:
+        assert len(self.cameras) == len(self.depth), (len(self.cameras), len(self.depth))
+        assert self.depth.shape == self.confidence.shape, self.confidence.shape
+
+    def __len__(self) -> int:
+        return len(self.depth)
+
+
+@dataclass(frozen=True, eq=False)
+class Tracks:
+    """Which point is seen where."""
+
+    xyz: Tensor  # [N, 3] float32 world, scene units
+    point: Tensor  # [K] int64 index into xyz, ascending
+    frame: Tensor  # [K] int32
+    xy: Tensor  # [K, 2] float32 pixels of the upright source image
+
+    def __post_init__(self) -> None:
+        assert self.point.shape == self.frame.shape == self.xy.shape[:1], self.xy.shape
+
+
+@dataclass(frozen=True, eq=False)
+class PointCloud:
+    """Fused points; `observations` are the pixels that were fused into each (or None)."""
+
+    xyz: Tensor  # [N, 3] float32 world, scene units
+    normals: Tensor  # [N, 3] float32 unit, towards the camera
+    rgb: Tensor  # [N, 3] uint8 sRGB
+    confidence: Tensor  # [N] float32, as in Prediction
+    observations: Tracks | None = None
+
+    def __len__(self) -> int:
+        return len(self.xyz)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a scene came about; goes into report.json as it is."""
+
+    model: str  # name of the weights
+    sha256: str
+    licence: str
+    commercial: bool
+    device: str
+    dtype: str
+    options: Mapping[str, Any]
+    seconds: Mapping[str, float] = field(default_factory=dict)  # per stage
+    peak_memory: Mapping[str, int] = field(default_factory=dict)  # bytes after each stage
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """A finished reconstruction in memory; `formats.export` writes it."""
+
+    images: ImageSet
+    prediction: Prediction
+    cloud: PointCloud  # sparse budget, with observations
+    dense: PointCloud  # for points.ply
+    made_by: Provenance
+    warnings: tuple[str, ...] = ()
+    scale: Literal["arbitrary", "metric"] = "arbitrary"
+
+    def with_provenance(self, **changes: Any) -> Scene:
+        """The same scene with other entries in `made_by`."""
+        return replace(self, made_by=replace(self.made_by, **changes))
