@@ -66,7 +66,7 @@ def decode_pose(encoding: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor
     Source: spec vggt section 6, vggt_omega section 8.
     """
     H, W = size
-    translation, quaternion, fov = encoding.split([3, 4, 2], dim=-1)
+    translation, quaternion, fov = encoding[..., :3], encoding[..., 3:7], encoding[..., 7:]
     extrinsics = torch.cat([rotation_from_quaternion(quaternion), translation[..., None]], -1)
     half = torch.tensor([W / 2, H / 2]).to(encoding)
     focal = half / torch.tan(fov.flip(-1) / 2)  # (f_x, f_y)
