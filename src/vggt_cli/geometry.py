@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vggt_cli.scene import Cameras, Prediction
+from vggt_cli.scene import Cameras, Prediction, Tracks
 
 
 def rotation_from_quaternion(quaternion_xyzw: Tensor) -> Tensor:
@@ -115,6 +115,25 @@ def project(points: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> tuple[Ten
     focal = torch.diagonal(intrinsics, dim1=-2, dim2=-1)[..., None, None, :2]
     safe = torch.where(z == 0, torch.finfo(z.dtype).tiny, z)
     return camera[..., :2] / safe[..., None] * focal + intrinsics[..., None, None, :2, 2], z
+
+
+def project_tracks(tracks: Tracks, cameras: Cameras) -> tuple[Tensor, Tensor]:
+    """Pixels [K, 2] and z-depth [K] of each observation's point in its frame, float64."""
+    frame = tracks.frame.long()
+    extrinsics, intrinsics = cameras.extrinsics.double()[frame], cameras.intrinsics.double()[frame]
+    points = tracks.xyz.double()[tracks.point, None, None]  # [K, 1, 1, 3]
+    xy, z = project(points, intrinsics, extrinsics)
+    return xy[:, 0, 0], z[:, 0, 0]
+
+
+def share_intrinsics(cameras: Cameras, group: list[int]) -> Cameras:
+    """The cameras with the median focal lengths of their group: group[i] is the camera of frame i."""
+    shared = cameras.intrinsics.clone()
+    number = torch.tensor(group)
+    for n in set(group):
+        of_group = number == n
+        shared[of_group] = cameras.intrinsics[of_group].quantile(0.5, dim=0)
+    return Cameras(cameras.extrinsics, shared, cameras.image_size)
 
 
 def invert(extrinsics: Tensor) -> Tensor:

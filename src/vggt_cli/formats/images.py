@@ -1,0 +1,290 @@
+"""Photos in: find the files, decode them upright, bring them to the network's size.
+
+The one door to Pillow's decoders. "Source" is the upright image: EXIF rotation is applied at
+decoding, and every map, size and pixel of the outputs refers to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+from vggt_cli.errors import InputError
+from vggt_cli.scene import ImageSet, Shaping
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = frozenset(
+    (".avif", ".bmp", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif")
+    + (".tiff", ".webp")
+)
+KINDS = "JPEG, PNG, WebP, TIFF, BMP, AVIF, JPEG 2000, PPM and TGA are read"
+# A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as this many of its pixels are left
+# for each pixel of the network: the result then differs by less than a grey level on average.
+DRAFT_OVERSAMPLING = 2
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A file that was read, and what its header says."""
+
+    path: Path
+    name: str  # path relative to the source folder, with "/"
+    size: tuple[int, int]  # of the upright image
+    rotated: bool  # EXIF orientation is not 1
+    camera: str = ""  # EXIF make and model
+    focal_length: str = ""  # EXIF, as written
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """Readable photos with their images, and why others were left out."""
+
+    images: ImageSet
+    photos: tuple[Photo, ...]
+    unreadable: tuple[tuple[str, str], ...]  # (name, reason)
+
+
+def find(source: str) -> tuple[Path, list[Path]]:
+    """The root folder and the image files of `source`, in natural order of their paths.
+
+    source: a folder (searched with its subfolders; hidden files are left out), one file, a glob
+    pattern, or "-" for one path a line on standard input.
+    Raises InputError if there is nothing to read.
+    """
+    path = Path(source)
+    if source == "-":
+        listed = [Path(line.rstrip("\r\n")) for line in sys.stdin if line.strip()]
+        return _common_root(listed, "standard input"), listed
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if _is_image(p.relative_to(path)) and p.is_file()]
+        if not found:
+            raise InputError(f"no images in folder: {source}", hint=KINDS)
+        return path, sorted(found, key=lambda p: natural_order(p.relative_to(path).as_posix()))
+    if path.is_file():
+        return path.parent, [path]
+    base = Path(path.anchor or ".")
+    matches = [p for p in base.glob(str(path.relative_to(path.anchor))) if p.is_file()]
+    if not matches:
+        raise InputError(f"no such folder, file or pattern: {source}", hint=KINDS)
+    ordered = sorted((p for p in matches if _is_image(p)), key=lambda p: natural_order(str(p)))
+    return _common_root(ordered, source), ordered
+
+
+def _common_root(paths: Sequence[Path], source: str) -> Path:
+    if not paths:
+        raise InputError(f"no images in: {source}", hint=KINDS)
+    return Path(os.path.commonpath([p.absolute().parent for p in paths]))
+
+
+def _is_image(path: Path) -> bool:
+    hidden = any(part.startswith(".") and part != ".." for part in path.parts)
+    return path.suffix.lower() in SUFFIXES and not hidden
+
+
+def natural_order(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Sorting key under which `img2` comes before `img10`."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name.casefold())
+    digits = [p[0].isascii() and p[0].isdigit() for p in parts]
+    key = [(0, int(p), "") if d else (1, 0, p) for p, d in zip(parts, digits, strict=True)]
+    return key, name
+
+
+def network_size(size: tuple[int, int], shaping: Shaping) -> tuple[int, int]:
+    """(height, width) at which a network sees an image of `size`; the aspect is kept.
+
+    Source: spec vggt section 11 (mode "pad" without the padding), vggt_omega section 12
+    (mode "balanced" without the crop beyond 2:1). Python rounds half to even, as they do.
+    """
+    H, W = size
+    p, resolution = shaping.patch_size, shaping.resolution
+    if shaping.mode == "balanced":
+        patches = (resolution / p) ** 2
+        columns = math.sqrt(patches / (H / W))
+        return max(1, round(patches / columns)) * p, max(1, round(columns)) * p
+    if W >= H:
+        return max(1, round(H * (resolution / W) / p)) * p, resolution
+    return resolution, max(1, round(W * (resolution / H) / p)) * p
+
+
+def load(
+    root: Path,
+    paths: Sequence[Path],
+    shaping: Shaping,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Loaded:
+    """The images of `paths` as a network takes them; files that cannot be read are left out.
+
+    Mixed sizes are padded with white to the largest, centred; padding is not valid.
+    progress: called with the number of files decoded so far.
+    Raises InputError if no file can be read.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # people's own photos: panoramas pass Pillow's bomb limit
+    decoded: list[tuple[Photo, Tensor]] = []
+    unreadable = []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        results = threads.map(lambda path: _read(root, path, shaping), paths)
+        for done, (path, result) in enumerate(zip(paths, results, strict=True), 1):
+            if isinstance(result, str):
+                unreadable.append((_name(root, path), result))
+                log.warning("left out, cannot be read: %s (%s)", path, result)
+            else:
+                decoded.append(result)
+            progress(done)
+    if not decoded:
+        reasons = "; ".join(f"{name}: {why}" for name, why in unreadable[:3])
+        raise InputError(f"none of {len(paths)} images can be read: {reasons}", hint=KINDS)
+    photos = tuple(photo for photo, _ in decoded)
+    images = stack([photo.name for photo in photos], [x for _, x in decoded], _sizes(photos))
+    return Loaded(images, photos, tuple(unreadable))
+
+
+def _sizes(photos: Iterable[Photo]) -> Tensor:
+    return torch.tensor([photo.size for photo in photos])
+
+
+def _name(root: Path, path: Path) -> str:
+    return path.absolute().relative_to(root.absolute()).as_posix()
+
+
+def _read(root: Path, path: Path, shaping: Shaping) -> tuple[Photo, Tensor] | str:
+    """The photo with its RGBA pixels [4, h, w] uint8 at network size, or why it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            exif = image.getexif()
+            orientation = exif.get(ExifTags.Base.Orientation, 1)
+            full = image.size[::-1] if orientation < 5 else image.size
+            size = network_size(full, shaping)
+            _draft(image, size if orientation < 5 else size[::-1])
+            image.load()
+            upright = ImageOps.exif_transpose(_eight_bit(image))
+            # Pillow warns about odd EXIF only while it is parsed, which has happened by now.
+            photo = Photo(path, _name(root, path), full, orientation in range(2, 9), *_camera(exif))
+    except FileNotFoundError:
+        return "no such file"
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises
+        return str(error).replace(str(path), path.name) or type(error).__name__
+    return photo, torch.from_numpy(resized(upright, size))
+
+
+def _draft(image: Image.Image, size: tuple[int, int]) -> None:
+    """Let a JPEG decode at a fraction of its size where that costs less than a grey level."""
+    if image.format == "JPEG":
+        image.draft(None, (size[1] * DRAFT_OVERSAMPLING, size[0] * DRAFT_OVERSAMPLING))
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """RGB or RGBA with 8 bits a channel; 16-bit values are scaled, not clipped."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        full = {"F": 1.0}.get(image.mode, 65535.0)
+        if values.size and (values.min() < 0 or values.max() > full):
+            raise ValueError(f"values outside 0..{full:g} in a {image.mode} image")
+        gray = Image.fromarray(np.round(values * (255 / full)).astype(np.uint8))
+        gray.info.update(image.info)  # keeps the EXIF rotation
+        return gray.convert("RGB")
+    transparent = image.has_transparency_data
+    return image.convert("RGBA" if transparent else "RGB")
+
+
+def _camera(exif: Image.Exif) -> tuple[str, str]:
+    make, model = (str(exif.get(tag, "")).strip(" \0") for tag in (0x010F, 0x0110))
+    focal = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.FocalLength, "")
+    return f"{make} {model}".strip(), str(focal)
+
+
+def resized(
+    image: Image.Image, size: tuple[int, int]
+) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """[4, h, w] uint8: RGB over white and alpha, by Pillow's bicubic filter on 8-bit values.
+
+    Source: spec vggt section 11, vggt_omega section 12.
+    """
+    if image.mode == "RGBA":
+        over = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        alpha = image.getchannel("A")
+    else:
+        over, alpha = image, Image.new("L", (1, 1), 255)
+    rgb = over.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    opaque = alpha.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.concatenate([np.asarray(rgb), np.asarray(opaque)[..., None]], -1).transpose(2, 0, 1)
+
+
+def stack(names: Sequence[str], rgba: Sequence[Tensor], source_size: Tensor) -> ImageSet:
+    """One ImageSet of images [4, h, w] uint8, padded with white around their centres.
+
+    source_size: [S, 2] (height, width) of the upright sources.
+    """
+    H, W = (max(x.shape[axis] for x in rgba) for axis in (1, 2))
+    pixels = torch.ones(len(rgba), 3, H, W)
+    valid = torch.zeros(len(rgba), H, W, dtype=torch.bool)
+    maps = torch.eye(3, dtype=torch.float64).repeat(len(rgba), 1, 1)
+    for i, x in enumerate(rgba):
+        h, w = x.shape[1:]
+        top, left = (H - h) // 2, (W - w) // 2
+        pixels[i, :, top : top + h, left : left + w] = x[:3].float() / 255
+        valid[i, top : top + h, left : left + w] = x[3] >= 128
+        scale = source_size[i].flip(0).double() / torch.tensor([w, h])
+        maps[i, :2, :2] = torch.diag(scale)
+        maps[i, :2, 2] = -scale * torch.tensor([left, top])
+    return ImageSet(tuple(names), pixels, valid, maps, source_size)
+
+
+def frame_of(images: ImageSet, frame: int) -> tuple[slice, slice]:
+    """Rows and columns of the network's image that hold the photo, without padding."""
+    scale = torch.diagonal(images.source_from_network[frame])[:2]
+    left, top = (-images.source_from_network[frame, :2, 2] / scale).round().long().tolist()
+    w, h = (images.source_size[frame].flip(0) / scale).round().long().tolist()
+    return slice(top, top + h), slice(left, left + w)
+
+
+def camera_groups(photos: Sequence[Photo], mode: str) -> list[int]:
+    """For each photo the number of the camera that took it, counted in order of appearance.
+
+    mode: "auto" (equal size, EXIF camera and focal length), "per-image", "shared" (one for all)
+    or "per-folder". Raises InputError where photos of different size would share a camera.
+    """
+    key_of: dict[str, Callable[[Photo], object]] = {
+        "auto": lambda photo: (photo.size, photo.camera, photo.focal_length),
+        "per-image": lambda photo: photo.name,
+        "shared": lambda photo: "one for all",
+        "per-folder": lambda photo: photo.name.rpartition("/")[0],
+    }
+    keys = [key_of[mode](photo) for photo in photos]
+    first: dict[object, int] = {}
+    for i, key in enumerate(keys):
+        other = photos[first.setdefault(key, i)]
+        if photos[i].size != other.size:
+            raise InputError(
+                f"one camera for photos of different size: {other.name} is {_words(other.size)}, "
+                f"{photos[i].name} is {_words(photos[i].size)}",
+                hint="use --camera auto or --camera per-image",
+            )
+    number = {key: n for n, key in enumerate(first)}
+    return [number[key] for key in keys]
+
+
+def _words(size: tuple[int, int]) -> str:
+    return f"{size[1]} x {size[0]}"
+
+
+def upright_copy(photo: Photo, target: Path) -> None:
+    """Write `photo` to `target` turned upright: orientation reset, ICC and other EXIF kept."""
+    with Image.open(photo.path) as image:
+        kind, icc = image.format, image.info.get("icc_profile")
+        turned = ImageOps.exif_transpose(image)
+        exif = turned.getexif()  # without the orientation, which exif_transpose takes out
+        quality = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+        turned.save(target, kind, exif=exif, icc_profile=icc, **quality)
