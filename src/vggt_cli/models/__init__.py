@@ -1,0 +1,1 @@
+"""The networks: photos in, encoded poses and depth out. Needs torch and nothing above."""
