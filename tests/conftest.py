@@ -29,3 +29,9 @@ def _devices() -> list[str]:
 @pytest.fixture(params=_devices())
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def examples() -> Path:
+    """The project's own example photos."""
+    return Path(__file__).parents[1] / "examples"

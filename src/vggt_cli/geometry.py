@@ -127,7 +127,7 @@ def project_tracks(tracks: Tracks, cameras: Cameras) -> tuple[Tensor, Tensor]:
 
 
 def share_intrinsics(cameras: Cameras, group: list[int]) -> Cameras:
-    """The cameras with the median focal lengths of their group: group[i] is the camera of frame i."""
+    """The cameras with the median intrinsics of their group; frame i belongs to group[i]."""
     shared = cameras.intrinsics.clone()
     number = torch.tensor(group)
     for n in set(group):

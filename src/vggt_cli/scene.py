@@ -7,7 +7,8 @@ N points, K observations. Sizes are (height, width); pixel centres lie at +0.5.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # an array type only: `vggt --help` must not wait for torch
@@ -21,6 +22,18 @@ class Shaping:
     mode: Literal["longer-side", "balanced"]  # VGGT; VGGT-Omega and mini
     resolution: int  # pixels: longer side, or side of the square of equal area
     patch_size: int  # pixels
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A file that was read, and what its header says."""
+
+    path: Path
+    name: str  # path relative to the source folder, with "/"
+    size: tuple[int, int]  # of the upright image
+    rotated: bool = False  # EXIF orientation is not 1
+    camera: str = ""  # EXIF make and model
+    focal_length: str = ""  # EXIF, as written
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,31 +145,30 @@ class PointCloud:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a scene came about; goes into report.json as it is."""
+    """How a scene came about; report.json holds it as it is."""
 
     model: str  # name of the weights
     sha256: str
     licence: str
     commercial: bool
     device: str
-    dtype: str
+    dtype: str  # of the aggregator's matrix products
     options: Mapping[str, Any]
     seconds: Mapping[str, float] = field(default_factory=dict)  # per stage
-    peak_memory: Mapping[str, int] = field(default_factory=dict)  # bytes after each stage
+    peak_memory: Mapping[str, int] = field(default_factory=dict)  # bytes, up to the stage's end
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
     """A finished reconstruction in memory; `formats.export` writes it."""
 
+    photos: tuple[Photo, ...]  # [S]
     images: ImageSet
     prediction: Prediction
-    cloud: PointCloud  # sparse budget, with observations
+    camera_of_image: tuple[int, ...]  # [S] frames with equal numbers share a camera
+    cloud: PointCloud  # for COLMAP, with observations
     dense: PointCloud  # for points.ply
     made_by: Provenance
+    unreadable: tuple[tuple[str, str], ...] = ()  # (name, reason) of photos left out
     warnings: tuple[str, ...] = ()
     scale: Literal["arbitrary", "metric"] = "arbitrary"
-
-    def with_provenance(self, **changes: Any) -> Scene:
-        """The same scene with other entries in `made_by`."""
-        return replace(self, made_by=replace(self.made_by, **changes))

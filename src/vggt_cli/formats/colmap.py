@@ -6,6 +6,7 @@ knows (no rigs, no frames, PINHOLE only). The one door to pycolmap.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,26 +61,31 @@ class Model:
         return total / np.maximum(count, 1)
 
     def observations_by_image(self) -> tuple[list[Array], Array]:
-        """Rows of the tracks' observations in each image, and [K] the index of each in its image."""
+        """Each image's rows of the observations, and [K] the index of each within its image."""
         frame = self.tracks.frame.numpy()
         order = np.argsort(frame, kind="stable")
         ends = np.searchsorted(frame[order], np.arange(len(self.names) + 1))
-        rows = [order[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        rows = [order[a:b] for a, b in itertools.pairwise(ends)]
         index = np.empty(len(frame), np.uint32)
         for in_image in rows:
             index[in_image] = np.arange(len(in_image))
         return rows, index
 
 
-def write(model: Model, folder: Path, text: bool = False) -> None:
-    """cameras, images and points3D in `folder`, which exists: .bin, and .txt too with `text`."""
+def write(model: Model, folder: Path) -> None:
+    """cameras.bin, images.bin and points3D.bin in `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
     _write_cameras(model, folder / "cameras.bin")
     _write_images(model, folder / "images.bin")
     _write_points(model, folder / "points3D.bin")
-    if text:
-        _write_cameras_text(model, folder / "cameras.txt")
-        _write_images_text(model, folder / "images.txt")
-        _write_points_text(model, folder / "points3D.txt")
+
+
+def write_text(model: Model, folder: Path) -> None:
+    """The same model as cameras.txt, images.txt and points3D.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_cameras_text(model, folder / "cameras.txt")
+    _write_images_text(model, folder / "images.txt")
+    _write_points_text(model, folder / "points3D.txt")
 
 
 def _write_cameras(model: Model, path: Path) -> None:

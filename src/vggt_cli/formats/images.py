@@ -6,6 +6,7 @@ decoding, and every map, size and pixel of the outputs refers to it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -22,30 +23,17 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from vggt_cli.errors import InputError
-from vggt_cli.scene import ImageSet, Shaping
+from vggt_cli.scene import ImageSet, Photo, Shaping
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = frozenset(
-    (".avif", ".bmp", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif")
-    + (".tiff", ".webp")
-)
-KINDS = "JPEG, PNG, WebP, TIFF, BMP, AVIF, JPEG 2000, PPM and TGA are read"
+SUFFIXES = (".bmp", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+KINDS = "JPEG, PNG, WebP, TIFF and BMP are read"
+# Photos that people have and that are not read: named instead of passed over in silence.
+OTHER_KINDS = (".arw", ".avif", ".cr2", ".cr3", ".dng", ".gif", ".heic", ".heif", ".jp2", ".nef")
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as this many of its pixels are left
 # for each pixel of the network: the result then differs by less than a grey level on average.
 DRAFT_OVERSAMPLING = 2
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A file that was read, and what its header says."""
-
-    path: Path
-    name: str  # path relative to the source folder, with "/"
-    size: tuple[int, int]  # of the upright image
-    rotated: bool  # EXIF orientation is not 1
-    camera: str = ""  # EXIF make and model
-    focal_length: str = ""  # EXIF, as written
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,18 +57,15 @@ def find(source: str) -> tuple[Path, list[Path]]:
         listed = [Path(line.rstrip("\r\n")) for line in sys.stdin if line.strip()]
         return _common_root(listed, "standard input"), listed
     if path.is_dir():
-        found = [p for p in path.rglob("*") if _is_image(p.relative_to(path)) and p.is_file()]
-        if not found:
-            raise InputError(f"no images in folder: {source}", hint=KINDS)
-        return path, sorted(found, key=lambda p: natural_order(p.relative_to(path).as_posix()))
+        return path, _images_among(path, path.rglob("*"), source)
     if path.is_file():
         return path.parent, [path]
     base = Path(path.anchor or ".")
-    matches = [p for p in base.glob(str(path.relative_to(path.anchor))) if p.is_file()]
+    matches = list(base.glob(str(path.relative_to(path.anchor))))
     if not matches:
         raise InputError(f"no such folder, file or pattern: {source}", hint=KINDS)
-    ordered = sorted((p for p in matches if _is_image(p)), key=lambda p: natural_order(str(p)))
-    return _common_root(ordered, source), ordered
+    found = _images_among(base, matches, source)
+    return _common_root(found, source), found
 
 
 def _common_root(paths: Sequence[Path], source: str) -> Path:
@@ -89,9 +74,21 @@ def _common_root(paths: Sequence[Path], source: str) -> Path:
     return Path(os.path.commonpath([p.absolute().parent for p in paths]))
 
 
-def _is_image(path: Path) -> bool:
-    hidden = any(part.startswith(".") and part != ".." for part in path.parts)
-    return path.suffix.lower() in SUFFIXES and not hidden
+def _images_among(root: Path, paths: Iterable[Path], source: str) -> list[Path]:
+    """The files of known kinds below `root` that are not hidden, in natural order."""
+    found: list[Path] = []
+    other: list[Path] = []
+    for path in paths:
+        inside = path.relative_to(root)
+        if any(part.startswith(".") for part in inside.parts) or not path.is_file():
+            continue
+        kind = path.suffix.lower()
+        (found if kind in SUFFIXES else other if kind in OTHER_KINDS else []).append(path)
+    if other:
+        log.warning("%d files left out, e.g. %s: %s", len(other), other[0].name, KINDS)
+    if not found:
+        raise InputError(f"no images in: {source}", hint=KINDS)
+    return sorted(found, key=lambda path: natural_order(path.relative_to(root).as_posix()))
 
 
 def natural_order(name: str) -> tuple[list[tuple[int, int, str]], str]:
@@ -164,14 +161,13 @@ def _read(root: Path, path: Path, shaping: Shaping) -> tuple[Photo, Tensor] | st
     try:
         with Image.open(path) as image:
             exif = image.getexif()
-            orientation = exif.get(ExifTags.Base.Orientation, 1)
-            full = image.size[::-1] if orientation < 5 else image.size
-            size = network_size(full, shaping)
-            _draft(image, size if orientation < 5 else size[::-1])
+            rotated = exif.get(ExifTags.Base.Orientation, 1) in range(2, 9)
+            photo = Photo(path, _name(root, path), _upright_size(image), rotated, *_camera(exif))
+            size = network_size(photo.size, shaping)
+            h, w = size if image.size == photo.size[::-1] else size[::-1]  # as stored
+            image.draft(None, (w * DRAFT_OVERSAMPLING, h * DRAFT_OVERSAMPLING))  # JPEG alone
             image.load()
             upright = ImageOps.exif_transpose(_eight_bit(image))
-            # Pillow warns about odd EXIF only while it is parsed, which has happened by now.
-            photo = Photo(path, _name(root, path), full, orientation in range(2, 9), *_camera(exif))
     except FileNotFoundError:
         return "no such file"
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises
@@ -179,10 +175,10 @@ def _read(root: Path, path: Path, shaping: Shaping) -> tuple[Photo, Tensor] | st
     return photo, torch.from_numpy(resized(upright, size))
 
 
-def _draft(image: Image.Image, size: tuple[int, int]) -> None:
-    """Let a JPEG decode at a fraction of its size where that costs less than a grey level."""
-    if image.format == "JPEG":
-        image.draft(None, (size[1] * DRAFT_OVERSAMPLING, size[0] * DRAFT_OVERSAMPLING))
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) once EXIF rotation is applied; Pillow's TIFF size has it applied."""
+    on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+    return image.size if on_its_side and image.format != "TIFF" else image.size[::-1]
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -250,6 +246,18 @@ def frame_of(images: ImageSet, frame: int) -> tuple[slice, slice]:
     return slice(top, top + h), slice(left, left + w)
 
 
+def upright_sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
+    """(height, width) of the files that can be opened, from their headers alone."""
+    Image.MAX_IMAGE_PIXELS = None
+    sizes = []
+    for path in paths:
+        with contextlib.suppress(OSError), Image.open(path) as image:
+            sizes.append(_upright_size(image))
+    if not sizes:
+        raise InputError(f"none of {len(paths)} images can be read", hint=KINDS)
+    return sizes
+
+
 def camera_groups(photos: Sequence[Photo], mode: str) -> list[int]:
     """For each photo the number of the camera that took it, counted in order of appearance.
 
@@ -283,7 +291,8 @@ def _words(size: tuple[int, int]) -> str:
 def upright_copy(photo: Photo, target: Path) -> None:
     """Write `photo` to `target` turned upright: orientation reset, ICC and other EXIF kept."""
     with Image.open(photo.path) as image:
-        kind, icc = image.format, image.info.get("icc_profile")
+        kind = "JPEG" if image.format == "MPO" else image.format  # MPO: phones' JPEG and more
+        icc = image.info.get("icc_profile")
         turned = ImageOps.exif_transpose(image)
         exif = turned.getexif()  # without the orientation, which exif_transpose takes out
         quality = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}

@@ -1,0 +1,58 @@
+# make demo    a scene of the photos in examples/, from nothing but Python 3.11 with venv
+# make test    the tests
+# make check   formatting, lint, types, sizes
+# TORCH_INDEX=URL takes torch from another index; VENV=DIR uses another environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+CODE := src tests examples benchmarks
+TORCH_FITS := $(BIN)/python -c 'import importlib.metadata as m; \
+	v = m.version("torch").split("."); assert (int(v[0]), int(v[1])) >= (2, 6)' 2>/dev/null
+
+.PHONY: demo setup test slow coverage check format mini bench clean
+
+demo: $(VENV)/.user
+	$(BIN)/vggt reconstruct examples/motorcycle --out scene --overwrite
+	@echo "The scene is in $(CURDIR)/scene: open sparse/0 in COLMAP, points.ply in any viewer."
+
+setup: $(VENV)/.dev
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+coverage: $(VENV)/.dev
+	$(BIN)/python -m pytest --cov --cov-report=term-missing
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/python tests/sizes.py
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+# A torch that is there and fits stays; otherwise the version that we develop with.
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(TORCH_FITS) || $(PIP) install $(INDEX) -c constraints.txt torch
+	grep -v '^torch' constraints.txt > $(VENV)/constraints.txt
+	touch $@
+
+$(VENV)/.user: $(VENV)/.torch pyproject.toml
+	$(PIP) install -c $(VENV)/constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) install -c $(VENV)/constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.user
+
+clean:
+	rm -rf $(VENV) scene build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,263 @@
+"""The command line: arguments in, one library call, words out.
+
+Results go to stdout, everything else to stderr. torch is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import logging
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vggt_cli import __version__
+from vggt_cli.cli_weights import app as weights_app
+from vggt_cli.errors import VggtError
+
+app = typer.Typer(
+    name="vggt",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Photos in, scene out: cameras, depth and points from one feed-forward transformer.",
+    epilog="Exit codes: 0 ok, 1 reconstruction failed, 2 usage, input or output, "
+    "4 weights or licence, 5 out of memory, 70 internal error, 130 interrupted.",
+)
+app.add_typer(weights_app, name="weights")
+
+
+class Camera(enum.StrEnum):
+    """Which images share one camera."""
+
+    auto = "auto"
+    per_image = "per-image"
+    shared = "shared"
+    per_folder = "per-folder"
+
+
+class Format(enum.StrEnum):
+    """What is written beside the binary COLMAP model."""
+
+    colmap_txt = "colmap-txt"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vggt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Say it."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def reconstruct(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="Folder of photos, a file, a glob pattern, or - for a list on stdin.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Scene folder to write.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Name of weights (see vggt weights list), a file, or auto: the best here."
+        ),
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    points: Annotated[
+        int, typer.Option(min=1, help="Most points in sparse/0; points.ply holds more.")
+    ] = 200_000,
+    confidence: Annotated[
+        float, typer.Option(min=0, max=99.9, help="Percent of pixels, the least sure, to drop.")
+    ] = 20.0,
+    resolution: Annotated[
+        int | None,
+        typer.Option(min=16, help="Pixels; default: the size the weights were trained at."),
+    ] = None,
+    camera: Annotated[
+        Camera,
+        typer.Option(help="Which images share intrinsics; auto: equal size, EXIF camera, focal."),
+    ] = Camera.auto,
+    format: Annotated[  # noqa: A002  the option's name
+        list[Format] | None, typer.Option(help="Further files; may be given several times.")
+    ] = None,
+    save_tokens: Annotated[
+        bool, typer.Option("--save-tokens", help="Write camera and register tokens: tokens.npz.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a scene at --out, once the new is whole.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at a photo that cannot be read.")
+    ] = False,
+    require_commercial: Annotated[
+        bool, typer.Option("--require-commercial", help="Refuse weights without commercial use.")
+    ] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report, not just the folder.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the choice of pixels where there are many.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, help="More words; -vv: tracebacks.")
+    ] = 0,
+) -> None:
+    """Cameras, depth and points from photos, as a COLMAP scene.
+
+    Writes OUT/sparse/0 (world-to-camera, OpenCV axes, pixels of OUT/images), OUT/points.ply,
+    OUT/confidence and OUT/report.json; prints OUT. The first image is the origin, the scale is
+    arbitrary. For Gaussian splatting give the trainer OUT as it is (gsplat: --data-factor 1).
+    """
+    _speak(quiet, verbose)
+    from vggt_cli.formats import export
+    from vggt_cli.reconstruction import pipeline
+
+    options = pipeline.Options(
+        model=model,
+        device=device,
+        points=points,
+        confidence=confidence,
+        resolution=resolution,
+        camera=camera.value,
+        seed=seed,
+        strict=strict,
+        require_commercial=require_commercial,
+        offline=offline,
+    )
+    formats = [name.value for name in format or []] + (["tokens"] if save_tokens else [])
+    export.refuse_existing(out, overwrite)
+    if dry_run:
+        _print_plan(pipeline.plan(source, options) | {"out": str(out.absolute())}, as_json)
+        return
+    with _Progress(quiet) as progress:
+        scene = pipeline.reconstruct(source, options, progress)
+        progress("write", 0, 0)
+        export.write(scene, out, formats, overwrite)
+        progress("write", 1, 1)
+    if as_json:
+        content = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        typer.echo(json.dumps({"scene": str(out.absolute()), **content}))
+    else:
+        typer.echo(out)
+
+
+def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(plan))
+        return
+    for key, value in plan.items():
+        typer.echo(f"{key.replace('_', ' ')}: {value}")
+
+
+class _Progress:
+    """Bars on a terminal; elsewhere one line a stage; nothing with --quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        self.bars = None
+        self.quiet = quiet
+        self.tasks: dict[str, Any] = {}
+        if console.is_terminal and not quiet:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
+            self.bars = Progress(*columns, TimeElapsedColumn(), console=console)
+
+    def __enter__(self) -> _Progress:
+        if self.bars:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bars:
+            self.bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        first = stage not in self.tasks
+        if self.bars is None:
+            self.tasks[stage] = True
+            if first and not self.quiet:
+                typer.echo(stage, err=True)
+            return
+        if first:
+            self.tasks[stage] = self.bars.add_task(stage, total=None)
+        self.bars.update(self.tasks[stage], completed=done, total=total or None)
+
+
+def _speak(quiet: bool, verbose: int) -> None:
+    """Send the library's log to stderr: with -q errors, by default what matters, with -v all."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Words())
+    logger = logging.getLogger("vggt_cli")
+    logger.handlers = [handler]
+    logger.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
+    if verbose > 1:
+        _Traceback.wanted = True
+
+
+class _Traceback:
+    """Whether an error shows where it came from: -vv."""
+
+    wanted = False
+
+
+class _Words(logging.Formatter):
+    """`warning: text` from warnings on; plain text below."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return kind + record.getMessage()
+
+
+def main() -> None:
+    """Run the command line; errors become exit codes (see the epilog of --help)."""
+    # A SystemExit from the handler unwinds everything: unfinished folders are removed on the way.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(_interrupted()))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_interrupted()))
+    try:
+        app()
+    except VggtError as error:
+        _say(error)
+        if _Traceback.wanted:
+            traceback.print_exc()
+        sys.exit(error.exit_code)
+    except Exception as error:  # noqa: BLE001  the last door: a bug keeps its traceback
+        traceback.print_exc()
+        typer.echo(
+            f"error: internal: {type(error).__name__}; please report the lines above", err=True
+        )
+        sys.exit(70)
+
+
+def _interrupted() -> int:
+    typer.echo("interrupted", err=True)
+    return 130
+
+
+def _say(error: VggtError) -> None:
+    typer.secho("error: ", fg="red", nl=False, err=True)
+    typer.echo(str(error), err=True)
+    if error.hint:
+        typer.secho("hint: ", fg="cyan", nl=False, err=True)
+        typer.echo(error.hint, err=True)

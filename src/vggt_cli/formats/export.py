@@ -1,0 +1,281 @@
+"""A finished scene as files: one folder, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vggt_cli import __version__
+from vggt_cli.errors import OutputError
+from vggt_cli.formats import colmap
+from vggt_cli.formats.images import frame_of, upright_copy
+from vggt_cli.geometry import resize
+from vggt_cli.scene import Photo, PointCloud, Scene
+
+REPORT_SCHEMA = 1
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Raise OutputError where `folder` could not be written later: before the work, not after."""
+    if folder.exists() and not overwrite:
+        raise OutputError(f"output exists: {folder}", hint="use --overwrite to replace it")
+    if folder.exists() and not (folder / "report.json").is_file() and any(_entries(folder)):
+        raise OutputError(
+            f"not a scene of this tool, so not overwritten: {folder}", hint="choose another --out"
+        )
+    parent = _existing_parent(folder)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"cannot write into: {parent}", hint="choose another --out")
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    if not folder.is_dir():
+        raise OutputError(f"not a folder: {folder}", hint="choose another --out")
+    return folder.iterdir()
+
+
+def _existing_parent(folder: Path) -> Path:
+    return next(p for p in folder.absolute().parents if p.exists())
+
+
+def write(scene: Scene, folder: Path, formats: Sequence[str] = (), overwrite: bool = False) -> None:
+    """The scene folder with COLMAP model, points.ply, confidence maps, report.json and `formats`.
+
+    Written to a sibling that takes the folder's name at the end; nothing is left on failure.
+    Raises OutputError if the folder exists without `overwrite`, or cannot be written.
+    """
+    refuse_existing(folder, overwrite)
+    with _becoming(folder) as draft:
+        files = output_names([photo.name for photo in scene.photos])
+        _write_images(scene.photos, files, draft / "images")
+        model = as_colmap(scene, files)
+        colmap.write(model, draft / "sparse" / "0")
+        write_ply(scene.dense, draft / "points.ply")
+        _write_confidence(scene, files, draft / "confidence")
+        for name in formats:
+            WRITERS[name](scene, model, draft)
+        content = report(scene, model)
+        (draft / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _becoming(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that replaces it if the block ends well."""
+    parent = folder.absolute().parent
+    draft: Path | None = None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent))
+        draft.chmod(0o755)  # mkdtemp makes it private
+        yield draft
+        if folder.exists():
+            old = draft.with_name(draft.name + ".old")
+            folder.rename(old)
+            draft.rename(folder)
+            shutil.rmtree(old)
+        else:
+            draft.rename(folder)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some space; nothing was left behind" if full else "choose another --out"
+        raise OutputError(f"cannot write: {folder} ({error.strerror or error})", hint) from error
+    finally:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def output_names(names: Sequence[str]) -> list[str]:
+    """File names in images/: flat, one dot each, no spaces, stems unique without regard to case.
+
+    Readers of COLMAP models take the base name, cut at the first dot, or split at spaces.
+    """
+    taken: set[str] = set()
+    result = []
+    for name in names:
+        stem, dot, ending = name.replace("/", "__").rpartition(".")
+        stem = re.sub(r"[\s.]", "_", stem)
+        free, n = stem, 2
+        while free.casefold() in taken:
+            free, n = f"{stem}_{n}", n + 1
+        taken.add(free.casefold())
+        result.append(free + dot + ending)
+    return result
+
+
+def _write_images(photos: Sequence[Photo], files: Sequence[str], folder: Path) -> None:
+    folder.mkdir()
+    for photo, file in zip(photos, files, strict=True):
+        if photo.rotated:
+            upright_copy(photo, folder / file)
+        else:
+            _clone(photo.path, folder / file)
+
+
+def _clone(source: Path, target: Path) -> None:
+    """`target` with the content of `source`: reflink where the disk can, hard link, else copy."""
+    if sys.platform == "linux":
+        import fcntl
+
+        with source.open("rb") as original, target.open("wb") as clone, _if_possible():
+            fcntl.ioctl(clone, 0x40049409, original.fileno())  # FICLONE
+            return
+        target.unlink()
+    with _if_possible():
+        os.link(source.resolve(), target)
+        return
+    shutil.copy2(source, target)
+
+
+def _if_possible() -> contextlib.suppress:
+    return contextlib.suppress(OSError)
+
+
+def as_colmap(scene: Scene, files: Sequence[str]) -> colmap.Model:
+    """The COLMAP model of a scene in pixels of its files, which are the upright sources."""
+    images, tracks = scene.images, scene.cloud.observations
+    assert tracks is not None
+    cameras = resize(scene.prediction.cameras, images.source_from_network, images.source_size)
+    return colmap.Model(
+        tuple(files), cameras, scene.camera_of_image, tracks, scene.cloud.rgb.numpy()
+    )
+
+
+def write_ply(cloud: PointCloud, path: Path) -> None:
+    """Binary little-endian: x y z nx ny nz float32, red green blue uint8, confidence float32."""
+    fields = [("xyz", "<f4", 3), ("normal", "<f4", 3), ("rgb", "u1", 3), ("confidence", "<f4")]
+    vertices = np.empty(len(cloud), fields)
+    vertices["xyz"], vertices["normal"] = cloud.xyz.numpy(), cloud.normals.numpy()
+    vertices["rgb"], vertices["confidence"] = cloud.rgb.numpy(), cloud.confidence.numpy()
+    names = ["x", "y", "z", "nx", "ny", "nz"]
+    header = [
+        "ply",
+        "format binary_little_endian 1.0",
+        "comment OpenCV axes of the first camera: x right, y down, z forward",
+        f"element vertex {len(vertices)}",
+        *(f"property float {name}" for name in names),
+        *(f"property uchar {name}" for name in ("red", "green", "blue")),
+        "property float confidence",
+        "end_header",
+    ]
+    path.write_bytes("\n".join([*header, ""]).encode("ascii") + vertices.tobytes())
+
+
+def _write_confidence(scene: Scene, files: Sequence[str], folder: Path) -> None:
+    """Per frame NAME.npy, float16 at network size without padding, and NAME.png to look at."""
+    folder.mkdir()
+    logs = scene.prediction.confidence.log()
+    stride = max(1, logs.numel() // 1_000_000)
+    low, high = torch.quantile(logs.flatten()[::stride], torch.tensor([0.02, 0.98])).tolist()
+    for frame, file in enumerate(files):
+        rows, columns = frame_of(scene.images, frame)
+        confidence = scene.prediction.confidence[frame, rows, columns]
+        largest = torch.finfo(torch.float16).max
+        np.save(folder / f"{file}.npy", confidence.clamp(max=largest).half().numpy())
+        gray = (logs[frame, rows, columns] - low) / max(high - low, 1e-6)
+        pixels = (gray.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{file}.png")
+
+
+def _write_tokens(scene: Scene, model: colmap.Model, folder: Path) -> None:
+    """tokens.npz: names [S], tokens [S, 1+R, 2D] float32 (camera first), text [2D] if there."""
+    prediction = scene.prediction
+    if prediction.tokens is None:
+        raise OutputError("this network has no tokens to save", hint="leave out --save-tokens")
+    arrays = {"names": np.array(scene.images.names), "tokens": prediction.tokens.numpy()}
+    if prediction.text is not None:
+        arrays["text"] = prediction.text.numpy()
+    np.savez(folder / "tokens.npz", allow_pickle=False, **arrays)
+
+
+def _write_colmap_text(scene: Scene, model: colmap.Model, folder: Path) -> None:
+    colmap.write_text(model, folder / "sparse" / "0")
+
+
+WRITERS: dict[str, Callable[[Scene, colmap.Model, Path], None]] = {
+    "colmap-txt": _write_colmap_text,
+    "tokens": _write_tokens,
+}
+
+
+def report(scene: Scene, model: colmap.Model) -> dict[str, Any]:
+    """report.json: everything a script or a later reader wants to know, in plain types."""
+    made_by, tracks = asdict(scene.made_by), model.tracks
+    length = torch.bincount(tracks.point, minlength=len(tracks.xyz))
+    return {
+        "schema": REPORT_SCHEMA,
+        "tool": {"name": "vggt", "version": __version__},
+        "versions": _versions(),
+        "model": {k: made_by[k] for k in ("model", "sha256", "licence", "commercial")},
+        **{k: made_by[k] for k in ("device", "dtype", "options", "seconds")},
+        "peak_memory_bytes": made_by["peak_memory"],
+        "conventions": {
+            "extrinsics": "world-to-camera, OpenCV axes (x right, y down, z forward)",
+            "pixels": "of the files in images/, centre of the top-left pixel at (0.5, 0.5)",
+            "world": "the first image's camera is the origin",
+        },
+        "scale": scene.scale,
+        "tracks": "depth",
+        "points": {
+            "sparse": len(scene.cloud),
+            "dense": len(scene.dense),
+            "seen_by_two_or_more": float((length >= 2).float().mean()),
+            "mean_track_length": float(length.float().mean()),
+            "mean_error_pixels": float(model.point_errors().mean()),
+        },
+        "images": [_image_report(scene, model, frame) for frame in range(len(model.names))],
+        "left_out": [{"name": name, "reason": why} for name, why in scene.unreadable],
+        "warnings": list(scene.warnings),
+    }
+
+
+def _image_report(scene: Scene, model: colmap.Model, frame: int) -> dict[str, Any]:
+    rows, columns = frame_of(scene.images, frame)
+    confidence = scene.prediction.confidence[frame, rows, columns]
+    into_map = torch.eye(3, dtype=torch.float64)
+    into_map[:2, 2] = torch.tensor([columns.start, rows.start])
+    k = model.cameras.intrinsics[frame].double()
+    h, w = model.cameras.image_size[frame].tolist()
+    photo = scene.photos[frame]
+    return {
+        "name": photo.name,
+        "file": f"images/{model.names[frame]}",
+        "width": w,
+        "height": h,
+        "camera": model.camera_of_image[frame] + 1,
+        "extrinsics": model.cameras.extrinsics[frame].double().tolist(),
+        "intrinsics": {
+            "fx": float(k[0, 0]),
+            "fy": float(k[1, 1]),
+            "cx": float(k[0, 2]),
+            "cy": float(k[1, 2]),
+        },
+        "image_from_map": (scene.images.source_from_network[frame] @ into_map).tolist(),
+        "confidence": {
+            "min": float(confidence.min()),
+            "median": float(confidence.median()),
+            "max": float(confidence.max()),
+        },
+        "observations": int((model.tracks.frame == frame).sum()),
+        "rewritten": photo.rotated,
+    }
+
+
+def _versions() -> dict[str, str]:
+    parts = ("torch", "numpy", "pillow")
+    return {"python": platform.python_version(), **{name: version(name) for name in parts}}

@@ -1,0 +1,163 @@
+"""The main job: the steps in order, and the only place that knows the order."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vggt_cli import device as devices
+from vggt_cli.errors import InputError
+from vggt_cli.formats import images as photos
+from vggt_cli.geometry import share_intrinsics
+from vggt_cli.models import weights
+from vggt_cli.reconstruction.fuse import FuseOptions, fuse
+from vggt_cli.reconstruction.predict import predict
+from vggt_cli.scene import Prediction, Provenance, Scene, Shaping
+
+log = logging.getLogger(__name__)
+
+DENSE_POINTS = 2_000_000  # in points.ply
+
+Progress = Callable[[str, int, int], None]  # stage, done, total (0: not known)
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """No progress shown."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that changes the result of `reconstruct`."""
+
+    model: str = "auto"  # a name of the weights table, or a file
+    device: str = "auto"
+    points: int = 200_000  # at most, in sparse/0
+    confidence: float = 20.0  # percent of the pixels, the least sure, that are dropped
+    resolution: int | None = None  # pixels; None: what the weights were trained at
+    camera: str = "auto"  # which images share intrinsics: see images.camera_groups
+    seed: int = 0
+    strict: bool = False  # a photo that cannot be read stops the run
+    require_commercial: bool = False
+    offline: bool = False
+
+
+@dataclass
+class _Stages:
+    """Seconds and peak memory of the steps, as they pass."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: dict[str, int] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, progress: Progress) -> Iterator[None]:
+        progress(name, 0, 0)
+        start = time.perf_counter()
+        yield
+        devices.synchronize(self.device)
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+        self.peak_memory[name] = devices.peak_memory(self.device)
+        progress(name, 1, 1)
+
+
+def reconstruct(source: str, options: Options, progress: Progress = silent) -> Scene:
+    """Cameras, depth and points of the photos in `source` (see `images.find`).
+
+    The same photos, weights and options give the same scene.
+    Raises VggtError: InputError, WeightsError, MemoryExceeded or GeometryError.
+    """
+    device = devices.choose(options.device)
+    dtype = devices.compute_dtype(device)
+    root, paths = photos.find(source)
+    checkpoint = weights.resolve(options.model, offline=options.offline)
+    if options.require_commercial:
+        weights.require_commercial(checkpoint)
+    shaping, warnings = _shaping(checkpoint.shaping, options.resolution)
+    stages = _Stages(device)
+    with stages.stage("load images", progress):
+        loaded = photos.load(root, paths, shaping, lambda n: progress("load images", n, len(paths)))
+    if options.strict and loaded.unreadable:
+        name, why = loaded.unreadable[0]
+        raise InputError(f"cannot be read: {name} ({why})", hint="leave out --strict to go on")
+    group = photos.camera_groups(loaded.photos, options.camera)
+    with stages.stage("load weights", progress):
+        network = weights.load(checkpoint, device, dtype)
+    with stages.stage("predict", progress):
+        prediction = predict(network, loaded.images)
+    prediction = _with_shared_cameras(prediction, group)
+    with stages.stage("fuse", progress):
+        how = FuseOptions(options.points, options.confidence, options.seed)
+        cloud = fuse(prediction, loaded.images, how)
+        wide = dataclasses.replace(how, points=max(DENSE_POINTS, options.points))
+        dense = fuse(prediction, loaded.images, wide, observe=False)
+    made_by = Provenance(
+        checkpoint.name,
+        checkpoint.sha256,
+        checkpoint.licence,
+        checkpoint.commercial,
+        str(device),
+        str(dtype).removeprefix("torch."),
+        dataclasses.asdict(options),
+        stages.seconds,
+        stages.peak_memory,
+    )
+    return Scene(
+        loaded.photos,
+        loaded.images,
+        prediction,
+        tuple(group),
+        cloud,
+        dense,
+        made_by,
+        loaded.unreadable,
+        tuple(warnings),
+    )
+
+
+def _shaping(preset: Shaping, resolution: int | None) -> tuple[Shaping, list[str]]:
+    """The preset of the weights, or another resolution with a warning."""
+    if resolution is None or resolution == preset.resolution:
+        return preset, []
+    words = (
+        f"--resolution {resolution}: these weights were trained at {preset.resolution}, "
+        "and other sizes are silently worse"
+    )
+    log.warning(words)
+    return dataclasses.replace(preset, resolution=resolution), [words]
+
+
+def _with_shared_cameras(prediction: Prediction, group: list[int]) -> Prediction:
+    return dataclasses.replace(prediction, cameras=share_intrinsics(prediction.cameras, group))
+
+
+def plan(source: str, options: Options) -> dict[str, Any]:
+    """What `reconstruct` would do, without loading weights or decoding images."""
+    device = devices.choose(options.device)
+    _, paths = photos.find(source)
+    checkpoint = weights.resolve(options.model, offline=True)
+    if options.require_commercial:
+        weights.require_commercial(checkpoint)
+    shaping, warnings = _shaping(checkpoint.shaping, options.resolution)
+    sizes = photos.upright_sizes(paths)
+    shaped = [photos.network_size(size, shaping) for size in sizes]
+    H, W = (max(size[axis] for size in shaped) for axis in (0, 1))
+    return {
+        "images": len(paths),
+        "first": paths[0].name,
+        "last": paths[-1].name,
+        "network_size": [H, W],
+        "tokens": len(paths) * (H // shaping.patch_size) * (W // shaping.patch_size),
+        "model": checkpoint.name,
+        "licence": checkpoint.licence,
+        "device": str(device),
+        "dtype": str(devices.compute_dtype(device)).removeprefix("torch."),
+        "points": options.points,
+        "warnings": warnings,
+    }

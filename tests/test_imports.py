@@ -1,0 +1,129 @@
+"""A module imports only modules of lower layers, or beside it along the arrows of the design."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "vggt_cli"
+LAYER = {
+    "scene": 0,
+    "errors": 0,
+    "__init__": 0,
+    "geometry": 1,
+    "device": 1,
+    "models": 2,
+    "formats": 2,
+    "reconstruction": 3,
+    "learning": 4,  # may import reconstruction, never the reverse
+    "cli_weights": 5,
+    "cli": 6,
+    "__main__": 7,
+}
+# Within a room: what each module may import of its neighbours.
+BESIDE = {
+    "models": {
+        "catalog": set(),
+        "layers": set(),
+        "tracker": {"layers"},
+        "vggt": {"layers", "tracker"},
+        "omega": {"layers"},
+        "mini": {"layers", "omega"},
+        "networks": {"layers", "vggt", "omega", "mini"},
+        "weights": {"catalog", "checkpoints", "layers", "networks"},
+        "checkpoints": {"catalog", "layers", "networks"},
+    },
+    "formats": {"images": set(), "colmap": set(), "export": {"colmap", "images"}},
+    "reconstruction": {"predict": set(), "fuse": set(), "pipeline": {"predict", "fuse"}},
+    "learning": {
+        "synthetic": {"datasets"},
+        "datasets": {"synthetic"},
+        "losses": set(),
+        "metrics": set(),
+        "train": {"synthetic", "datasets", "losses", "metrics", "evaluate"},
+        "evaluate": {"synthetic", "datasets", "losses", "metrics"},
+    },
+}
+MODULES = sorted(p.relative_to(SRC).with_suffix("").as_posix() for p in SRC.rglob("*.py"))
+
+
+def imported(module: str) -> set[str]:
+    """Modules of this package that `module` imports, "" for the package itself."""
+    found = set()
+    for node in ast.walk(ast.parse((SRC / f"{module}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vggt_cli"):
+            base = (node.module or "").split(".")[1:]
+            for alias in node.names:
+                whole = [*base, alias.name]
+                found.add(
+                    "/".join(whole if (SRC / Path(*whole)).with_suffix(".py").exists() else base)
+                )
+        elif isinstance(node, ast.Import):
+            found |= {
+                "/".join(a.name.split(".")[1:]) for a in node.names if a.name.startswith("vggt_cli")
+            }
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down_or_along_the_arrows(module: str) -> None:
+    room, _, name = module.partition("/")
+    for other in imported(module):
+        other_room, _, other_name = other.partition("/")
+        if room == other_room and name:
+            assert other_name in BESIDE[room][name], f"{module} imports {other}"
+        else:
+            assert LAYER[other_room or "__init__"] < LAYER[room], f"{module} imports {other}"
+
+
+def test_only_device_names_an_accelerator() -> None:
+    for module in MODULES:
+        if module != "device":
+            text = (SRC / f"{module}.py").read_text(encoding="utf-8")
+            assert not re.search(r"""["'.]cuda""", text), module
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["reconstruct", "--help"], ["weights", "list"]])
+def test_help_and_the_list_of_weights_do_not_wait_for_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+        "sys.argv[0] = 'vggt'\n"
+        "from vggt_cli.cli import main\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "False"
+
+
+ORDER = """
+import io
+from vggt_cli.formats.colmap import pycolmap
+pycolmap()
+from PIL import Image
+import numpy as np
+noise = np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+image = Image.fromarray(noise).resize((960, 720), Image.BICUBIC)
+for k in range(20):
+    image.crop((4 * k, 0, 4 * k + 640, 480)).save(io.BytesIO(), "PNG")
+print("fine")
+"""
+
+
+@pytest.mark.colmap
+def test_pngs_can_be_written_after_pycolmap_was_imported_through_its_door() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ORDER], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_pycolmap_is_imported_in_one_place() -> None:
+    users = [m for m in MODULES if "import pycolmap" in (SRC / f"{m}.py").read_text("utf-8")]
+    assert users == ["formats/colmap"]
