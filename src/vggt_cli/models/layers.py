@@ -86,10 +86,10 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with exact GELU between."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = nn.Linear(inputs, hidden)
+        self.fc2 = nn.Linear(hidden, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
@@ -118,7 +118,7 @@ class Block(nn.Module):
         self.attn = attention
         self.ls1 = LayerScale(width, layer_scale)
         self.norm2 = nn.LayerNorm(width, eps)
-        self.mlp = Mlp(width)
+        self.mlp = Mlp(width, 4 * width, width)
         self.ls2 = LayerScale(width, layer_scale)
 
     def forward(self, x: Tensor, rotate: Rotation | None = None) -> Tensor:  # [b, n, D]
@@ -150,6 +150,13 @@ class ResidualConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [b, F, h, w]
         out: Tensor = x + self.conv2(F.relu(self.conv1(F.relu(x))))
         return out
+
+
+class RectifiedConv(ResidualConv):
+    """VGGT's residual convolution, whose identity carries relu(x): its ReLU works in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.relu(x))
 
 
 class FusionBlock(nn.Module):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from vggt_cli.models.omega import OmegaConfig, VGGTOmega
+from vggt_cli.models.vggt import VGGT, VGGTConfig
 
-Network = VGGTOmega
-Config = OmegaConfig
+Network = VGGT | VGGTOmega
+Config = VGGTConfig | OmegaConfig
 
 CONFIGS: dict[str, Config] = {
+    "vggt-1b": VGGTConfig(),
+    "vggt-1b-tracker": VGGTConfig(track_position_embedding=True),
     "omega-1b": OmegaConfig(),
     "omega-1b-text": OmegaConfig(text_head=True),
 }
@@ -15,4 +18,6 @@ CONFIGS: dict[str, Config] = {
 
 def build(config: Config) -> Network:
     """A fresh network; under torch.device("meta") one without memory, for weights to come."""
+    if isinstance(config, VGGTConfig):
+        return VGGT(config)
     return VGGTOmega(config)
