@@ -139,6 +139,7 @@ def reconstruct(
         confidence=confidence,
         resolution=resolution,
         camera=camera.value,
+        save_tokens=save_tokens,
         seed=seed,
         strict=strict,
         require_commercial=require_commercial,

@@ -17,6 +17,7 @@ from vggt_cli.errors import InputError
 from vggt_cli.formats import images as photos
 from vggt_cli.geometry import share_intrinsics
 from vggt_cli.models import weights
+from vggt_cli.models.catalog import CATALOG, Entry
 from vggt_cli.reconstruction.fuse import FuseOptions, fuse
 from vggt_cli.reconstruction.predict import predict
 from vggt_cli.scene import Prediction, Provenance, Scene, Shaping
@@ -42,6 +43,7 @@ class Options:
     confidence: float = 20.0  # percent of the pixels, the least sure, that are dropped
     resolution: int | None = None  # pixels; None: what the weights were trained at
     camera: str = "auto"  # which images share intrinsics: see images.camera_groups
+    save_tokens: bool = False  # also the text embedding, where the weights have one
     seed: int = 0
     strict: bool = False  # a photo that cannot be read stops the run
     require_commercial: bool = False
@@ -76,10 +78,8 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
     device = devices.choose(options.device)
     dtype = devices.compute_dtype(device)
     root, paths = photos.find(source)
-    checkpoint = weights.resolve(options.model, offline=options.offline)
-    if options.require_commercial:
-        weights.require_commercial(checkpoint)
-    shaping, warnings = _shaping(checkpoint.shaping, options.resolution)
+    known = _weights(options)
+    shaping, warnings = _shaping(known.shaping, options.resolution)
     stages = _Stages(device)
     with stages.stage("load images", progress):
         loaded = photos.load(root, paths, shaping, lambda n: progress("load images", n, len(paths)))
@@ -88,7 +88,8 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
         raise InputError(f"cannot be read: {name} ({why})", hint="leave out --strict to go on")
     group = photos.camera_groups(loaded.photos, options.camera)
     with stages.stage("load weights", progress):
-        network = weights.load(checkpoint, device, dtype)
+        heads = ("text",) if options.save_tokens else ()
+        network, used = weights.load(options.model, device, dtype, heads)
     with stages.stage("predict", progress):
         prediction = predict(network, loaded.images)
     prediction = _with_shared_cameras(prediction, group)
@@ -98,10 +99,10 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
         wide = dataclasses.replace(how, points=max(DENSE_POINTS, options.points))
         dense = fuse(prediction, loaded.images, wide, observe=False)
     made_by = Provenance(
-        checkpoint.name,
-        checkpoint.sha256,
-        checkpoint.licence,
-        checkpoint.commercial,
+        used.name,
+        used.sha256,
+        used.licence,
+        used.commercial,
         str(device),
         str(dtype).removeprefix("torch."),
         dataclasses.asdict(options),
@@ -118,6 +119,31 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
         made_by,
         loaded.unreadable,
         tuple(warnings),
+    )
+
+
+def _weights(options: Options) -> Entry:
+    """The entry that the options mean; fetched first if it is named, not here and allowed."""
+    named = {known.name: known for known in CATALOG}.get(options.model)
+    if options.require_commercial and named:
+        weights.require_commercial(named)
+    if named and not options.offline and not weights.find(named.name):
+        log.info("fetching %s, %.1f GB, %s", named.name, named.size / 1e9, named.licence.name)
+        weights.fetch(named.name)
+    known, _ = weights.identify(options.model)
+    if options.require_commercial:
+        weights.require_commercial(known)
+    if options.model == "auto":
+        log.info(_about(known))
+    return known
+
+
+def _about(known: Entry) -> str:
+    if known.source:
+        return f"model: {known.name} ({known.licence.name})"
+    return (
+        f"model: {known.name}, small and rough: no published weights on this machine; "
+        f"vggt weights fetch {CATALOG[0].name} gets the best, vggt weights list shows all"
     )
 
 
@@ -141,10 +167,8 @@ def plan(source: str, options: Options) -> dict[str, Any]:
     """What `reconstruct` would do, without loading weights or decoding images."""
     device = devices.choose(options.device)
     _, paths = photos.find(source)
-    checkpoint = weights.resolve(options.model, offline=True)
-    if options.require_commercial:
-        weights.require_commercial(checkpoint)
-    shaping, warnings = _shaping(checkpoint.shaping, options.resolution)
+    known = _weights(dataclasses.replace(options, offline=True))
+    shaping, warnings = _shaping(known.shaping, options.resolution)
     sizes = photos.upright_sizes(paths)
     shaped = [photos.network_size(size, shaping) for size in sizes]
     H, W = (max(size[axis] for size in shaped) for axis in (0, 1))
@@ -154,8 +178,8 @@ def plan(source: str, options: Options) -> dict[str, Any]:
         "last": paths[-1].name,
         "network_size": [H, W],
         "tokens": len(paths) * (H // shaping.patch_size) * (W // shaping.patch_size),
-        "model": checkpoint.name,
-        "licence": checkpoint.licence,
+        "model": known.name,
+        "licence": known.licence.name,
         "device": str(device),
         "dtype": str(devices.compute_dtype(device)).removeprefix("torch."),
         "points": options.points,

@@ -1,0 +1,154 @@
+"""Fusion: which pixels become points, what they observe, and the two laws with true depth."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from wall import EVERYTHING, H, S, W, wall
+
+from vggt_cli.errors import GeometryError
+from vggt_cli.geometry import project_tracks
+from vggt_cli.reconstruction.fuse import (
+    AGREEMENT,
+    depth_edges,
+    fuse,
+    surface_normals,
+)
+from vggt_cli.scene import PointCloud, Prediction
+
+
+def lengths(cloud: PointCloud) -> Tensor:
+    assert cloud.observations is not None
+    return torch.bincount(cloud.observations.point, minlength=len(cloud))
+
+
+def test_pixels_that_see_one_place_become_one_point_with_all_of_them() -> None:
+    cloud = fuse(*wall(), EVERYTHING)
+    assert_close(cloud.xyz[:, 2], torch.full_like(cloud.xyz[:, 2], 2))
+    inside = (cloud.xyz[:, 0] > -1 / 30 * 2 * 4) & (cloud.xyz[:, 0] < 0.6)
+    assert (lengths(cloud)[inside] == S).all()
+    # Four frames of 24 x 32 pixels show 24 x 44 places.
+    assert 0.7 * H * (W + 12) < len(cloud) < 1.3 * H * (W + 12)
+
+
+def test_an_observation_is_a_pixel_centre_of_the_source_near_the_projection() -> None:
+    prediction, images = wall()
+    cloud = fuse(prediction, images, EVERYTHING)
+    tracks = cloud.observations
+    assert tracks is not None
+    in_network = tracks.xy / 2
+    assert_close(in_network % 1, torch.full_like(in_network, 0.5))
+    xy, z = project_tracks(tracks, prediction.cameras)
+    assert (xy - in_network).abs().max() <= 1
+    assert (z - 2).abs().max() <= AGREEMENT * 2
+    pairs = torch.stack([tracks.point, tracks.frame.long()], -1)
+    assert len(pairs.unique(dim=0)) == len(pairs)  # at most one pixel per frame
+    assert (tracks.point.diff() >= 0).all()
+
+
+@pytest.mark.parametrize("budget", [1, 10, 100, 400])
+def test_the_budget_is_kept_and_used(budget: int) -> None:
+    cloud = fuse(*wall(), dataclasses.replace(EVERYTHING, points=budget))
+    assert 0.5 * budget <= len(cloud) <= budget
+
+
+def test_the_same_seed_gives_the_same_cloud() -> None:
+    options = dataclasses.replace(EVERYTHING, points=50)
+    first, second = (fuse(*wall(), options) for _ in range(2))
+    assert torch.equal(first.xyz, second.xyz)
+    other = fuse(*wall(), dataclasses.replace(options, seed=1))
+    assert not torch.equal(first.xyz[:20], other.xyz[:20])
+
+
+def test_confidence_is_a_percentile_of_the_valid_pixels() -> None:
+    prediction, images = wall()
+    cloud = fuse(prediction, images, dataclasses.replace(EVERYTHING, confidence=80), observe=False)
+    assert cloud.confidence.min() >= prediction.confidence.quantile(0.8) - 1e-6
+    scaled = dataclasses.replace(prediction, confidence=prediction.confidence * 1e-3)
+    again = fuse(scaled, images, dataclasses.replace(EVERYTHING, confidence=80), observe=False)
+    assert torch.equal(again.xyz, cloud.xyz)  # never an absolute threshold
+
+
+def test_padding_and_unusable_depth_become_no_points() -> None:
+    prediction, images = wall()
+    valid = images.valid.clone()
+    valid[:, :, : W // 2] = False
+    prediction.depth[1, :5] = float("nan")
+    prediction.depth[2, :5] = float("inf")
+    prediction.depth[3, :5] = 0
+    cloud = fuse(prediction, dataclasses.replace(images, valid=valid), EVERYTHING)
+    assert cloud.xyz.isfinite().all()
+    tracks = cloud.observations
+    assert tracks is not None
+    assert (tracks.xy[:, 0] > W).all()
+    assert (tracks.xy[tracks.frame > 0][:, 1] > 10).all()
+
+
+def test_no_usable_pixel_is_an_error_with_the_confidence() -> None:
+    prediction, images = wall()
+    with pytest.raises(GeometryError, match=r"confidence 1 to 2"):
+        fuse(
+            prediction,
+            dataclasses.replace(images, valid=torch.zeros_like(images.valid)),
+            EVERYTHING,
+        )
+
+
+def test_a_point_that_most_frames_look_through_is_dropped() -> None:
+    prediction, images = wall()
+    prediction.depth[0, 10:14, 24:28] = 1.0  # three frames see the wall behind it
+    cloud = fuse(prediction, images, EVERYTHING)
+    assert cloud.xyz[:, 2].min() > 1.9
+
+
+def test_frames_that_contradict_each_other_everywhere_still_give_points() -> None:
+    prediction, images = wall()
+    for frame in range(S):
+        prediction.depth[frame] *= 1 + frame
+    assert len(fuse(prediction, images, EVERYTHING)) > 0
+
+
+def test_the_nearer_of_two_surfaces_is_no_observation_of_the_farther() -> None:
+    prediction, images = wall()
+    prediction.depth[1, 8:16, 8:16] = 1.0
+    cloud = fuse(prediction, images, EVERYTHING)
+    tracks = cloud.observations
+    assert tracks is not None
+    _, z = project_tracks(tracks, prediction.cameras)
+    column, row = (tracks.xy / 2).long().unbind(-1)
+    own = prediction.depth[tracks.frame.long(), row, column]
+    assert ((own / z - 1).abs() <= AGREEMENT + 1e-6).all()
+
+
+def test_depth_edges_mark_both_sides_of_a_step_and_no_slope() -> None:
+    depth = torch.full((1, 6, 8), 2.0)
+    depth[:, :, 4:] = 3.0
+    expected = torch.zeros(1, 6, 8, dtype=torch.bool)
+    expected[:, :, 3:5] = True
+    assert torch.equal(depth_edges(depth), expected)
+    assert not depth_edges(torch.linspace(2, 2.1, 8).expand(1, 6, 8)).any()
+
+
+def test_normals_of_a_wall_point_to_the_camera() -> None:
+    prediction, images = wall()
+    cloud = fuse(prediction, images, EVERYTHING)
+    assert_close(cloud.normals, torch.tensor([0.0, 0, -1]).expand_as(cloud.normals))
+    one_pixel = surface_normals(torch.ones(1, 1, 3), torch.zeros(3))
+    assert_close(one_pixel.norm(dim=-1), torch.ones(1, 1))
+
+
+def test_colours_are_those_of_the_seed_pixels() -> None:
+    prediction, images = wall()
+    images.pixels[:] = torch.tensor([0.0, 0.5, 1.0])[:, None, None]
+    cloud = fuse(prediction, images, EVERYTHING)
+    assert cloud.rgb.unique(dim=0).tolist() == [[0, 128, 255]]
+
+
+def test_one_frame_alone_is_enough() -> None:
+    prediction, images = wall()
+    first = Prediction(prediction.cameras[:1], prediction.depth[:1], prediction.confidence[:1])
+    cloud = fuse(first, images[:1], EVERYTHING)
+    assert (lengths(cloud) == 1).all()
+    assert len(cloud) > 0.5 * H * W
