@@ -43,7 +43,7 @@ def fetch(
     licence = entry(name).licence
     typer.echo(f"{licence.name}: forbids {licence.forbids}", err=True)
     if not sys.stderr.isatty():
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
     with _progress("hashing") as progress:

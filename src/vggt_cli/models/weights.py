@@ -143,9 +143,10 @@ def _located(name: str) -> Path:
     path = find(name)
     if path:
         return path
+    get = f"vggt weights fetch {name}, or vggt weights import FILE --as {name}"
     raise WeightsError(
         f"weights not on this machine: {name}",
-        hint=f"vggt weights fetch {name}, or vggt weights import FILE --as {name}",
+        hint=get if entry(name).source else "they come with the tool: install it anew",
     )
 
 
