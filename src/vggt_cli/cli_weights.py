@@ -114,7 +114,8 @@ def _print_table(rows: list[dict[str, object]]) -> None:
 
     table = Table(box=None, pad_edge=False)
     for column in ("name", "MB", "pixels", "commercial", "licence", "here"):
-        table.add_column(column, justify="right" if column in {"MB", "pixels"} else "left")
+        right, wraps = column in {"MB", "pixels"}, column == "licence"
+        table.add_column(column, justify="right" if right else "left", no_wrap=not wraps)
     for row in rows:
         table.add_row(
             str(row["name"]),
@@ -122,7 +123,7 @@ def _print_table(rows: list[dict[str, object]]) -> None:
             str(row["resolution"]),
             "yes" if row["commercial"] else "no",
             str(row["licence"]),
-            str(row["path"] or ("gated" if row["gated"] else "-")),
+            "yes" if row["path"] else "no, gated" if row["gated"] else "no",
         )
     Console().print(table)
 

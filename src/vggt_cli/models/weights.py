@@ -186,7 +186,9 @@ def _recognise(path: Path, name: str | None) -> Entry:
 
 def _only(path: Path, fitting: list[Entry]) -> Entry:
     """The one of `fitting` that `path` is, by its published name if there are several."""
-    named = [known for known in fitting if path.name in known.files]
+    # Several repositories have a model.pt or model.safetensors: that name tells nothing.
+    told = path.stem != "model"
+    named = [known for known in fitting if told and path.name in known.files]
     if len(fitting) == 1 or len(named) == 1:
         return (named or fitting)[0]
     names = [known.name for known in named or fitting]
