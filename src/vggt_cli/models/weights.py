@@ -132,8 +132,12 @@ def fetch(name: str, offline: bool = False, progress: Progress = silent) -> Path
         return there
     _refuse_bundled(known)
     path = _download(known, offline)
-    _opened(path, known)
-    digest = _checked(known, path, progress, fresh=True)
+    try:
+        _opened(path, known)
+        digest = _checked(known, path, progress, fresh=True)
+    except WeightsError:
+        path.resolve().unlink()  # the hub's cache would take it for whole for ever
+        raise
     with suppress(OSError):
         store.record(known, path, digest)
     return path
