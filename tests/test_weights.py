@@ -199,8 +199,12 @@ def test_numbers_in_the_file_itself_go_before_those_of_the_table(tmp_path: Path)
     values = networks.build(config).state_dict()
     numbers = json.dumps({"registers": 5, "cached_layers": [1, 1, 1, 1]})
     save_file(values, tmp_path / "mine.safetensors", metadata={"config": numbers})
-    known = checkpoint.read(tmp_path / "mine.safetensors").config("mini")
-    assert known == config
+    assert checkpoint.read(tmp_path / "mine.safetensors").config("mini") == config
+    for strange in ("a small one", json.dumps({"layers": 3})):
+        save_file(values, tmp_path / "other.safetensors", metadata={"config": strange})
+        assert (
+            checkpoint.read(tmp_path / "other.safetensors").config("mini") == tiny.CONFIGS["mini"]
+        )
 
 
 def test_a_training_checkpoint_is_unwrapped(tmp_path: Path) -> None:

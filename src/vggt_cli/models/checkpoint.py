@@ -32,7 +32,10 @@ class Checkpoint:
     def config(self, name: str) -> Config:
         """CONFIGS[name], with the numbers that the file itself carries under "config"."""
         config = CONFIGS[name]
-        stored: dict[str, Any] = json.loads(self.metadata.get("config", "{}"))
+        try:
+            stored: dict[str, Any] = json.loads(self.metadata.get("config", "{}"))
+        except ValueError:
+            return config  # another tool's words
         if not stored.keys() <= {field.name for field in fields(config)}:
             return config  # another network's numbers; the keys will tell
         return replace(config, **{k: _frozen(value) for k, value in stored.items()})

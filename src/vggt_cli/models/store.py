@@ -87,13 +87,11 @@ def keep(known: Entry, source: Path, progress: Progress = silent) -> Path:
 
     An OSError on the way leaves what was there before.
     """
-    folder = home() / known.name
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / source.name
+    before, target = _cached(known), home() / known.name / source.name
+    target.parent.mkdir(parents=True, exist_ok=True)
     record(known, target, _copy(source, target, progress))
-    for other in folder.iterdir():  # an earlier copy of another file name
-        if other.name not in {target.name, "record.json"}:
-            other.unlink()
+    if before and before.path.parent == target.parent and before.path != target:
+        before.path.unlink()
     return target
 
 
