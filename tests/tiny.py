@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vggt_cli.models import checkpoint, networks, store
@@ -66,3 +67,12 @@ def state(config: str) -> dict[str, Tensor]:
         torch.manual_seed(0)
         values = networks.build(CONFIGS[config]).state_dict()
         return {key: torch.rand_like(value) for key, value in values.items()}
+
+
+def saved(path: Path, config: str = "omega-1b") -> Path:
+    """A file with a small network, of the kind that its name says."""
+    if path.suffix == ".safetensors":
+        save_file(state(config), path)
+    else:
+        torch.save(state(config), path)
+    return path
