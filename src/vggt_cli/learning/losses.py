@@ -1,0 +1,183 @@
+"""What training minimises: pure functions of a prediction and the truth.
+
+B sequences, S frames, H x W pixels, N patches. The truth is normalised first (`normalize`).
+Source: spec vggt_omega section 15, whose weights are the defaults; the matching term is ours.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vggt_cli.geometry import compose, decode_pose, encode_pose, invert, project, unproject
+
+
+class Truth(NamedTuple):
+    """What a batch of sequences really looks like."""
+
+    extrinsics: Tensor  # [B, S, 3, 4]
+    intrinsics: Tensor  # [B, S, 3, 3] pixels
+    depth: Tensor  # [B, S, H, W]
+    valid: Tensor  # [B, S, H, W] bool
+
+
+def normalize(truth: Truth) -> tuple[Truth, Tensor]:
+    """The truth from the first camera, its points at a mean distance of one; and the [B] scale."""
+    first = truth.extrinsics[:, :1]
+    extrinsics = compose(truth.extrinsics, invert(first).expand_as(truth.extrinsics)).clone()
+    extrinsics[:, 0] = torch.eye(3, 4).to(extrinsics)
+    distance = unproject(truth.depth, truth.intrinsics, extrinsics).norm(dim=-1)
+    count = truth.valid.sum((1, 2, 3))
+    scale = (distance * truth.valid).sum((1, 2, 3)) / count.clamp(min=1)
+    usable = (count > 100) & (scale > 1e-6) & scale.isfinite()
+    scale = torch.where(usable, scale, torch.ones_like(scale))
+    extrinsics[..., 3] /= scale[:, None, None]
+    depth = truth.depth / scale[:, None, None, None]
+    return Truth(extrinsics, truth.intrinsics, depth, truth.valid), scale
+
+
+def camera_parts(encoding: Tensor, truth: Truth) -> dict[str, Tensor]:
+    """Translation, rotation, field of view and pairwise error of pose encodings [B, S, 9]."""
+    size = (truth.depth.shape[-2], truth.depth.shape[-1])
+    true = encode_pose(truth.extrinsics, truth.intrinsics, size)
+    length = true[..., :3].norm(dim=-1).mean(1).clamp(0.25, 4)[:, None, None]
+    translation = (encoding[..., :3] - true[..., :3]).abs() / length
+    q, q_true = encoding[..., 3:7], true[..., 3:7]
+    nearer = (q - q_true).abs().sum(-1) <= (q + q_true).abs().sum(-1)
+    q_true = torch.where(nearer[..., None], q_true, -q_true)
+    cosine = F.cosine_similarity(q, q_true, dim=-1).abs()
+    rotation = (q - q_true).abs() + 0.1 * (1 - cosine[..., None])
+    return {
+        "translation": translation.clamp(max=128).mean(),
+        "rotation": rotation.mean(),
+        "field of view": (encoding[..., 7:] - true[..., 7:]).abs().mean(),
+        "pairs": _pairs(decode_pose(encoding, size)[0], truth.extrinsics),
+    }
+
+
+def camera_loss(encoding: Tensor, truth: Truth) -> Tensor:
+    """2 translation + rotation + field of view + pairs."""
+    parts = camera_parts(encoding, truth)
+    return 2 * parts["translation"] + parts["rotation"] + parts["field of view"] + parts["pairs"]
+
+
+def _pairs(extrinsics: Tensor, true: Tensor) -> Tensor:
+    """Error of all relative poses i < j of extrinsics [B, S, 3, 4]."""
+    i, j = torch.triu_indices(extrinsics.shape[1], extrinsics.shape[1], 1)
+    a, b = (compose(e[:, j], invert(e[:, i])) for e in (extrinsics, true))
+    rotation = (a[..., :3] - b[..., :3]).square().sum((-1, -2)).mean()
+    t, t_true = a[..., 3], b[..., 3]
+    u, v = (F.pad(x, (0, 1), value=1.0) for x in (t, t_true))
+    turned = torch.log1p((u.norm(dim=-1) * v.norm(dim=-1) - (u * v).sum(-1)).clamp(min=0))
+    return rotation + (t - t_true).abs().mean() + 2 * turned.mean()
+
+
+def depth_parts(depth: Tensor, confidence: Tensor, truth: Truth) -> dict[str, Tensor]:
+    """Regression, confidence and gradient error of depth and confidence [B, S, H, W]."""
+    valid = truth.valid
+    mean = (truth.depth * valid).mean((-1, -2), keepdim=True) / (
+        valid.to(depth).mean((-1, -2), keepdim=True) + 1e-7
+    )
+    error = (depth - truth.depth).abs() * (1 + 0.2 * _nearness(truth.depth, mean))
+    error = _clipped(error, depth > truth.depth, 100.0)[valid]
+    doubt = (error * confidence[valid] - 0.2 * confidence[valid].log()).clamp(max=100)
+    return {
+        "regression": error.mean(),
+        "confidence": doubt.mean(),
+        "gradient": gradient_loss(depth, truth),
+    }
+
+
+def depth_loss(depth: Tensor, confidence: Tensor, truth: Truth) -> Tensor:
+    """Regression + confidence + gradient; the normal term of the source is left out."""
+    return torch.stack(list(depth_parts(depth, confidence, truth).values())).sum()
+
+
+def _nearness(depth: Tensor, mean: Tensor) -> Tensor:
+    """Weight of near pixels: the inverse of depth, which is kept above a tenth of the mean."""
+    return (1 / (torch.maximum(depth, 0.1 * mean) + 1e-6)).clamp(0.1, 10)
+
+
+def _clipped(error: Tensor, too_far: Tensor, limit: float) -> Tensor:
+    """The error cut at `limit`, with its gradient kept where the prediction is too far."""
+    cut = error.clamp(max=limit)
+    return torch.where((error > limit) & too_far, error + (cut - error).detach(), cut)
+
+
+def gradient_loss(depth: Tensor, truth: Truth, scales: int = 4, fewest: int = 4096) -> Tensor:
+    """Mean difference of neighbouring depth errors at several steps, the coarser weighted less.
+
+    Subsampling starts at pixel 0; the source starts anywhere within the step.
+    """
+    total = depth.new_zeros(())
+    for step in (2**k for k in range(scales)):
+        enough = fewest if step == 1 else max(fewest // 2, 64)
+        total = total + gradient_at(depth, truth, step, (0, 0), enough) / step
+    return total / (sum(2.0**-k for k in range(scales)) + 1e-6)
+
+
+def gradient_at(
+    depth: Tensor, truth: Truth, step: int, offset: tuple[int, int], fewest: int
+) -> Tensor:
+    """The gradient term at one step from the pixel (x, y) = offset on; 0 with few valid pairs."""
+    rows, columns = slice(offset[1], None, step), slice(offset[0], None, step)
+    valid = truth.valid[..., rows, columns]
+    error = torch.where(valid, (depth - truth.depth)[..., rows, columns], 0)
+    across, down = error.diff(dim=-1).abs(), error.diff(dim=-2).abs()
+    across_valid = valid[..., 1:] & valid[..., :-1]
+    down_valid = valid[..., 1:, :] & valid[..., :-1, :]
+    pairs = across_valid.sum() + down_valid.sum()
+    if int(pairs) < fewest:
+        return depth.new_zeros(())
+    total = (across.clamp(max=100) * across_valid).sum() + (down.clamp(max=100) * down_valid).sum()
+    return total / pairs
+
+
+def patch_points(truth: Truth, patch: int) -> tuple[Tensor, Tensor]:
+    """True world points [B, S, h, w, 3] at the middle of each patch, and where they are valid."""
+    h, w = truth.depth.shape[-2] // patch, truth.depth.shape[-1] // patch
+    middle = (..., slice(patch // 2, h * patch, patch), slice(patch // 2, w * patch, patch))
+    points = unproject(truth.depth, truth.intrinsics, truth.extrinsics)
+    return points[..., middle[1], middle[2], :], truth.valid[middle]
+
+
+def matching_loss(features: Tensor, truth: Truth, patch: int, temperature: float = 0.07) -> Tensor:
+    """Cross-entropy of finding each patch of one frame among those of another, and its accuracy.
+
+    features: [B, S, N, C] of each patch. A patch's match is the patch that the point at its middle
+    projects into, where the depth there agrees within 5 %. All ordered pairs with frame 0.
+    Returns [2]: loss, share found first. Zero where nothing matches.
+    """
+    points, valid = patch_points(truth, patch)
+    S = points.shape[1]
+    others = torch.arange(1, S)
+    source = torch.cat([torch.zeros_like(others), others])
+    target = torch.cat([others, torch.zeros_like(others)])
+    match = _matches(points[:, source], valid[:, source], truth, target, patch)  # [B, P, N]
+    unit = F.normalize(features, dim=-1)
+    logits = unit[:, source] @ unit[:, target].mT / temperature  # [B, P, N, N]
+    there = match >= 0
+    if not there.any():
+        return features.new_zeros(2)
+    loss = F.cross_entropy(logits[there], match[there])
+    found = (logits[there].argmax(-1) == match[there]).to(loss).mean()
+    return torch.stack([loss, found.detach()])
+
+
+def _matches(points: Tensor, valid: Tensor, truth: Truth, target: Tensor, patch: int) -> Tensor:
+    """[B, P, N] the patch of frame target[p] that shows each point [B, P, h, w, 3]; -1: none."""
+    k, extrinsics = truth.intrinsics[:, target], truth.extrinsics[:, target]
+    xy, z = project(points, k, extrinsics)
+    H, W = truth.depth.shape[-2:]
+    h, w = H // patch, W // patch
+    inside = (z > 0) & (xy >= 0).all(-1) & (xy[..., 0] < w * patch) & (xy[..., 1] < h * patch)
+    column, row = torch.where(inside[..., None], xy, 0).long().unbind(-1)
+    pixel = (row * W + column).flatten(2)
+    depth = truth.depth[:, target].flatten(2).gather(2, pixel)
+    seen = truth.valid[:, target].flatten(2).gather(2, pixel)
+    agrees = (depth / z.flatten(2).clamp(min=1e-6) - 1).abs() < 0.05
+    index = ((row // patch) * w + column // patch).flatten(2)
+    return torch.where(valid.flatten(2) & inside.flatten(2) & seen & agrees, index, -1)

@@ -1,0 +1,52 @@
+"""How good a prediction is: pure functions. Angles in degrees out, radians nowhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vggt_cli.geometry import compose, invert
+
+
+def relative_pose_errors(extrinsics: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotation and translation-direction errors in degrees of all pairs i < j of [S, 3, 4].
+
+    Directions are folded: an opposite one counts as equal, at most 90 degrees. A pair whose true
+    centres coincide has no direction; its error is 0.
+    Source: spec vggt section 13, vggt_omega section 15.
+    """
+    i, j = torch.triu_indices(len(true), len(true), 1)
+    a, b = (compose(e.double()[j], invert(e.double()[i])) for e in (extrinsics, true))
+    turn = a[..., :3] @ b[..., :3].mT
+    cosine = ((torch.diagonal(turn, dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1)
+    lengths = a[..., 3].norm(dim=-1) * b[..., 3].norm(dim=-1)
+    aligned = ((a[..., 3] * b[..., 3]).sum(-1).abs() / lengths.clamp(min=1e-12)).clamp(max=1)
+    direction = torch.rad2deg(aligned.acos())
+    still = b[..., 3].norm(dim=-1) < 1e-9
+    return torch.rad2deg(cosine.acos()), torch.where(still, 0.0, direction)
+
+
+def auc(rotation: Tensor, direction: Tensor, degrees: int) -> float:
+    """Area under the curve of pairs within k degrees in both errors, k = 1..degrees, in percent."""
+    worst = torch.maximum(rotation, direction)
+    within = [(worst < k).double().mean() for k in range(1, degrees + 1)]
+    return float(100 * torch.stack(within).mean())
+
+
+def depth_errors(depth: Tensor, true: Tensor, valid: Tensor) -> tuple[float, float]:
+    """Mean relative error and share within a factor of 1.25, after aligning the medians.
+
+    One factor for the whole set of frames [S, H, W]: relative scale between them counts.
+    """
+    d, t = depth[valid].double(), true[valid].double()
+    d = d * (t.median() / d.median())
+    ratio = torch.maximum(d / t, t / d)
+    return float(((d - t).abs() / t).mean()), float((ratio < 1.25).double().mean())
+
+
+def field_of_view_error(intrinsics: Tensor, true: Tensor, width: int) -> float:
+    """Mean absolute error in degrees of the horizontal field of view of [S, 3, 3]."""
+    angles = [
+        2 * torch.rad2deg(torch.atan(width / 2 / k[:, 0, 0].double())) for k in (intrinsics, true)
+    ]
+    return float((angles[0] - angles[1]).abs().mean())
