@@ -41,8 +41,7 @@ class World:
 
     def to(self, device: torch.device) -> World:
         """The same world on `device`."""
-        values: dict[str, Any] = vars(self)
-        moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if k != "roofless"}
         return replace(self, **moved)
 
 
@@ -160,11 +159,12 @@ def _shape_distances(world: World, origin: Tensor, direction: Tensor) -> Tensor:
 def _one_distance(world: World, i: int, origin: Tensor, direction: Tensor) -> Tensor:
     o, d = _turned(world, i, origin - world.center[i]), _turned(world, i, direction)
     half = world.half[i]
-    if world.kind[i] == 1:
-        return _roots(d.square().sum(-1), (o * d).sum(-1), o.square().sum(-1) - half[0] ** 2)[0]
     inverse = 1 / torch.where(d.abs() < 1e-9, torch.full_like(d, 1e-9), d)
     near, far = (-o - half * inverse.sign()) * inverse, (-o + half * inverse.sign()) * inverse
-    if world.kind[i] == 2:
+    if world.kind[i] == 1:
+        c = o.square().sum(-1) - half[0] ** 2
+        enter, leave = _roots(d.square().sum(-1), (o * d).sum(-1), c)
+    elif world.kind[i] == 2:
         flat = (0, 2)
         a, b = d[..., flat].square().sum(-1), (o[..., flat] * d[..., flat]).sum(-1)
         enter, leave = _roots(a, b, o[..., flat].square().sum(-1) - half[0] ** 2)
@@ -176,12 +176,13 @@ def _one_distance(world: World, i: int, origin: Tensor, direction: Tensor) -> Te
 
 def _roots(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """The two solutions of a t^2 + 2 b t + c = 0, FAR and -FAR where there is none."""
+    a = a.clamp(min=1e-9)  # upright rays have none across a cylinder
     square = b * b - a * c
-    root, a = square.clamp(min=0).sqrt(), a.clamp(min=1e-9)
-    there = square > 0
-    enter, leave = (-b - root) / a, (-b + root) / a
-    there &= enter > 0
-    return torch.where(there, enter, FAR), torch.where(there, leave, -FAR)
+    root = square.clamp(min=0).sqrt()
+    return (
+        torch.where(square > 0, (-b - root) / a, FAR),
+        torch.where(square > 0, (-b + root) / a, -FAR),
+    )
 
 
 def _turned(world: World, i: int | Tensor, x: Tensor) -> Tensor:

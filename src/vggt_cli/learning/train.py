@@ -9,7 +9,6 @@ import csv
 import json
 import logging
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -175,7 +174,12 @@ def train(config: TrainConfig, device: torch.device) -> Path:
     optimizer = torch.optim.AdamW(
         _groups(network, teacher, config), config.learning_rate, betas=(0.9, 0.95)
     )
-    parts = {"network": network, "teacher": teacher, "average": average, "optimizer": optimizer}
+    parts: dict[str, Any] = {
+        "network": network,
+        "teacher": teacher,
+        "average": average,
+        "optimizer": optimizer,
+    }
     checkpoint = config.out / "checkpoint.pt"
     if checkpoint.exists():
         stored = torch.load(checkpoint, weights_only=True)
@@ -255,7 +259,7 @@ def _log(config: TrainConfig, step: int, minutes: float, means: dict[str, float]
 def _save(path: Path, step: int, parts: dict[str, Any]) -> None:
     draft = path.with_suffix(".new")
     torch.save({"step": step, **{k: part.state_dict() for k, part in parts.items()}}, draft)
-    os.replace(draft, path)
+    draft.replace(path)
 
 
 def export(run: Path, target: Path) -> None:

@@ -1,0 +1,116 @@
+"""Losses: golden values, and what they must do by their meaning."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vggt_cli.learning import losses, synthetic
+from vggt_cli.learning.losses import Truth
+
+
+def golden(shared: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    folder = shared / "golden/vggt_omega/losses"
+    report = json.loads((folder / "losses.json").read_text())
+    values = {**report["results"]["warmup"]["values"], **report["pieces"]}
+    return load_file(folder / "losses.safetensors"), values
+
+
+def normalized(tensors: dict[str, Tensor]) -> Truth:
+    valid = tensors["gt.point_masks"].bool()
+    return Truth(
+        tensors["norm.extrinsics"], tensors["gt.intrinsics"], tensors["norm.depths"], valid
+    )
+
+
+def test_golden_normalisation(shared: Path) -> None:
+    tensors, _ = golden(shared)
+    raw = Truth(
+        tensors["gt.extrinsics"],
+        tensors["gt.intrinsics"],
+        tensors["gt.depths"],
+        tensors["gt.point_masks"].bool(),
+    )
+    found, scale = losses.normalize(raw)
+    torch.testing.assert_close(scale, tensors["norm.scale"], atol=1e-12, rtol=0)
+    torch.testing.assert_close(found.depth, tensors["norm.depths"], atol=1e-12, rtol=0)
+    torch.testing.assert_close(found.extrinsics, tensors["norm.extrinsics"], atol=1e-9, rtol=0)
+
+
+def test_golden_camera_terms(shared: Path) -> None:
+    tensors, values = golden(shared)
+    truth = normalized(tensors)
+    parts = losses.camera_parts(tensors["pred.pose_enc"], truth)
+    assert float(parts["translation"]) == pytest.approx(values["loss_T"], abs=1e-9)
+    assert float(parts["rotation"]) == pytest.approx(values["loss_R"], abs=1e-9)
+    assert float(parts["field of view"]) == pytest.approx(values["loss_FL"], abs=1e-9)
+    assert float(parts["pairs"]) == pytest.approx(values["loss_PW"], abs=1e-9)
+    total = float(losses.camera_loss(tensors["pred.pose_enc"], truth))
+    assert total == pytest.approx(values["loss_camera"], abs=1e-9)
+
+
+def test_golden_depth_terms(shared: Path) -> None:
+    tensors, values = golden(shared)
+    depth, confidence = tensors["pred.depth"][..., 0], tensors["pred.depth_conf"]
+    parts = losses.depth_parts(depth, confidence, normalized(tensors))
+    assert float(parts["regression"]) == pytest.approx(values["loss_reg_depth"], abs=1e-9)
+    assert float(parts["confidence"]) == pytest.approx(values["loss_conf_depth"], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("step", "x", "y"),
+    [(1, 0, 0), (2, 0, 0), (2, 1, 1), (4, 0, 0), (4, 3, 2), (8, 0, 0), (8, 7, 4)],
+)
+def test_golden_gradient_terms(shared: Path, step: int, x: int, y: int) -> None:
+    tensors, values = golden(shared)
+    depth = tensors["pred.depth"][..., 0]
+    found = losses.gradient_at(depth, normalized(tensors), step, (x, y), 16)
+    expected = values[f"gradient_loss_step{step}_x{x}_y{y}"]
+    assert float(found) == pytest.approx(expected, abs=1e-9)
+
+
+def test_depth_far_beyond_the_limit_still_pulls_back() -> None:
+    truth = Truth(torch.eye(3, 4), torch.eye(3), torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2) > 0)
+    depth = torch.tensor([[[[500.0, -500.0]]]], requires_grad=True)
+    regression = losses.depth_parts(depth, torch.ones_like(depth), truth)["regression"]
+    regression.backward()
+    assert depth.grad is not None
+    assert depth.grad[0, 0, 0, 0] > 0  # too far: the gradient is kept
+    assert depth.grad[0, 0, 0, 1] == 0
+
+
+def rendered(seed: int = 0) -> Truth:
+    found = synthetic.sample(seed, synthetic.Path(3, (64, 96), 0.4))
+    c = found.cameras
+    raw = Truth(c.extrinsics[None], c.intrinsics[None], found.depth[None], found.valid[None])
+    return losses.normalize(raw)[0]
+
+
+def test_the_truth_itself_has_no_error() -> None:
+    truth = rendered()
+    encoding = losses.encode_pose(truth.extrinsics, truth.intrinsics, (64, 96))
+    assert float(losses.camera_loss(encoding, truth)) < 1e-4
+    parts = losses.depth_parts(truth.depth, torch.ones_like(truth.depth), truth)
+    assert float(torch.stack(list(parts.values())).sum()) == 0
+    flipped = torch.cat([encoding[..., :3], -encoding[..., 3:7], encoding[..., 7:]], -1)
+    assert float(losses.camera_loss(flipped, truth)) < 1e-4  # q and -q are one rotation
+
+
+def test_features_that_are_the_place_in_the_world_match_best() -> None:
+    truth = rendered()
+    points, _ = losses.patch_points(truth, 16)
+    features = torch.cat([points, torch.ones_like(points[..., :1])], -1).flatten(2, 3)
+    of_place = torch.cat([features * 5, (features[..., :1] * 9).sin()], -1)
+    loss, found = losses.matching_loss(of_place - of_place.mean((1, 2), keepdim=True), truth, 16)
+    blind, chance = losses.matching_loss(torch.randn(of_place.shape), truth, 16)
+    assert found > 4 * chance
+    assert loss < blind
+
+
+def test_nothing_to_match_costs_nothing() -> None:
+    truth = rendered()
+    unseen = truth._replace(valid=torch.zeros_like(truth.valid))
+    assert losses.matching_loss(torch.randn(1, 3, 24, 8), unseen, 16).tolist() == [0, 0]
