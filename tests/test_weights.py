@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from vggt_cli.cli_weights import app
 from vggt_cli.errors import OutputError, WeightsError
-from vggt_cli.models import networks, store, weights
+from vggt_cli.models import checkpoint, networks, store, weights
 from vggt_cli.models.catalog import CATALOG, entry, require_commercial
 from vggt_cli.models.store import bundled
 
@@ -152,6 +152,10 @@ def test_bundled_weights_are_hashed_at_every_load(
     flip_a_bit(file)
     with pytest.raises(WeightsError, match="changed since it was recorded"):
         weights.load("mini", CPU, torch.float32)
+    file.unlink()
+    with pytest.raises(WeightsError, match="not on this machine: mini") as caught:
+        weights.load("mini", CPU, torch.float32)
+    assert "fetch" not in caught.value.hint
 
 
 def test_a_large_file_is_hashed_once(tmp_path: Path) -> None:
@@ -210,6 +214,36 @@ def test_the_cache_is_where_the_variables_say(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert store.home() == tmp_path / ".cache" / "vggt"
+
+
+def test_a_download_whose_hash_nobody_announced_is_recorded_at_its_first_use(
+    tmp_path: Path,
+) -> None:
+    commit = tmp_path / "hub" / "models--facebook--VGGT-1B" / "snapshots" / ("0" * 40)
+    commit.mkdir(parents=True)
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs" / "main").write_text(commit.name)
+    file = saved(commit / "model.pt", "vggt-1b")
+    assert store.locate(entry("vggt-1b")) == store.Found(file, None)
+    _, used = weights.load("vggt-1b", CPU, torch.float32)
+    assert store.locate(entry("vggt-1b")) == store.Found(file, used.sha256)
+    flip_a_bit(file)
+    with pytest.raises(WeightsError, match="changed since it was recorded"):
+        weights.verify("vggt-1b")
+
+
+def test_the_mini_that_comes_with_the_tool_is_whole_and_predicts() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "bundled", bundled)
+        patch.setattr(checkpoint, "CONFIGS", networks.CONFIGS)
+        network, used = weights.load("mini", CPU, torch.float32)
+        facts = json.loads((used.path.parent / "MANIFEST.json").read_text())["mini"]
+    assert (used.sha256, used.path.stat().st_size) == (facts["sha256"], facts["bytes"])
+    assert used.commercial
+    with torch.inference_mode():
+        outputs = network(torch.rand(1, 2, 3, 96, 128))
+    assert outputs.depth.isfinite().all()
+    assert (outputs.confidence >= 1).all()
 
 
 # Commands

@@ -100,7 +100,8 @@ def _bundled(known: Entry) -> Found | None:
     if not folder:
         return None
     facts = json.loads((folder / "MANIFEST.json").read_text()).get(known.name)
-    return Found(folder / facts["file"], facts["sha256"]) if facts else None
+    there = facts and (folder / facts["file"]).is_file()
+    return Found(folder / facts["file"], facts["sha256"]) if there else None
 
 
 def _cached(known: Entry) -> Found | None:
