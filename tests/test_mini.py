@@ -1,0 +1,90 @@
+"""Our small network: its size, its laws, and the local features that it starts from."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from vggt_cli.geometry import decode_pose
+from vggt_cli.models.mini import Mini, MiniConfig
+from vggt_cli.models.networks import CONFIGS, build
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
+SMALL = replace(MiniConfig(), depth=2, cached_layers=(0, 0, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def network() -> Mini:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Mini(SMALL).eval()
+
+
+def photos(*size: int) -> torch.Tensor:
+    return torch.rand(*size, generator=torch.Generator().manual_seed(0))
+
+
+def test_it_is_small_enough_to_come_with_the_tool() -> None:
+    with torch.device("meta"):
+        count = sum(p.numel() for p in build(CONFIGS["mini"]).parameters())
+    assert 5e6 < count < 1e7  # below 20 MB in half precision
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 112), (112, 32)])  # squares to 7:2
+@torch.inference_mode()
+def test_every_frame_gets_a_camera_and_a_depth_for_each_pixel(
+    network: Mini, size: tuple[int, int]
+) -> None:
+    outputs = network(photos(2, 3, 3, *size))
+    assert outputs.pose_passes.shape == (1, 2, 3, 9)
+    assert outputs.depth.shape == outputs.confidence.shape == (2, 3, *size)
+    assert outputs.depth.min() > 0
+    assert outputs.confidence.min() >= 1
+    assert outputs.tokens is not None
+    assert outputs.tokens.shape == (2, 3, 1 + SMALL.registers, 2 * SMALL.embed_dim)
+
+
+@torch.inference_mode()
+def test_the_order_of_the_frames_after_the_first_does_not_matter(network: Mini) -> None:
+    images, order = photos(1, 4, 3, 48, 64), torch.tensor([0, 3, 1, 2])
+    straight, shuffled = network(images), network(images[:, order])
+    assert_close(shuffled.pose_passes, straight.pose_passes[:, :, order], atol=1e-4, rtol=1e-4)
+    assert_close(shuffled.depth, straight.depth[:, order], atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_sequences_of_a_batch_and_chunks_of_frames_do_not_touch_each_other(network: Mini) -> None:
+    images = photos(2, 3, 3, 48, 64)
+    together = network(images)
+    alone = network(images[1:], frames_per_chunk=1)
+    assert_close(alone.pose_passes[:, 0], together.pose_passes[:, 1], atol=1e-4, rtol=1e-4)
+    assert_close(alone.depth[0], together.depth[1], atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_fresh_network_sees_no_motion_and_sixty_degrees(network: Mini) -> None:
+    encoding = network(photos(1, 2, 3, 64, 64)).pose_passes[-1, 0].double()
+    extrinsics, _ = decode_pose(encoding, (64, 64))
+    cosine = (torch.diagonal(extrinsics[:, :, :3], dim1=-2, dim2=-1).sum(-1) - 1) / 2
+    assert torch.rad2deg(torch.acos(cosine.clamp(-1, 1))).max() < 45
+    assert torch.rad2deg(encoding[:, 7:]).sub(math.degrees(1)).abs().max() < 30
+
+
+def test_every_part_learns_from_its_output() -> None:
+    fresh = Mini(SMALL)
+    outputs = fresh(photos(1, 2, 3, 48, 64))
+    (outputs.pose_passes.sum() + outputs.depth.sum() + outputs.confidence.sum()).backward()
+    idle = {name for name, p in fresh.named_parameters() if p.grad is None}
+    assert not {name for name in idle if "patch_embed" not in name}
+
+
+def test_the_published_local_features_fill_the_encoder() -> None:
+    state = load_file(WEIGHTS / "encoder.safetensors")
+    shapes = {k: v.shape for k, v in Mini(SMALL).aggregator.patch_embed.state_dict().items()}
+    assert {k: v.shape for k, v in state.items()} == {k: shapes[k] for k in state}
+    convolutions = {k for k in shapes if len(shapes[k]) == 4}
+    assert convolutions <= set(state)
