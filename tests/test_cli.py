@@ -204,12 +204,14 @@ def test_photos_of_one_transparent_colour_are_1(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on address space")
 def test_out_of_memory_is_5(pair: Path, tmp_path: Path) -> None:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+    arguments = ("-o", tmp_path / "s", "--model", "mini", "--resolution", 1600)
+    for gigabytes in (1.5, 2):  # too little for the network; too little for the points
 
-    arguments = ("-o", tmp_path / "s", "--model", "mini", "--resolution", 2400)
-    run = vggt("reconstruct", pair, *arguments, preexec_fn=limit)
-    refused(run, 5, "error: out of memory", "--resolution")
+        def limit(most: int = int(gigabytes * 2**30)) -> None:
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+        run = vggt("reconstruct", pair, *arguments, preexec_fn=limit)
+        refused(run, 5, "error: out of memory", "2 images of", "--resolution")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -46,7 +46,7 @@ class TrainConfig:
     pixels: int = 128  # root of the area
     aspects: tuple[float, ...] = (1.0, 0.75, 1.333, 0.667, 1.5)  # height / width
     near: float = 0.3  # spread of the cameras at the beginning
-    near_steps: int = 4_000  # until it is 1
+    near_steps: int = 5_000  # until it is 1
     scenes: int = 0  # only this many scenes, to see whether they can be learnt by heart; 0: no end
     learning_rate: float = 5e-4
     warm_up: int = 300
@@ -217,10 +217,9 @@ def train(config: TrainConfig, device: torch.device) -> Path:
 
 def _start_encoder(network: Mini, path: Path) -> None:
     """Load the local features; they stay as they are, which costs less and forgets nothing."""
-    start = {k: v.float() for k, v in load_file(path).items()}
-    network.aggregator.patch_embed.load_state_dict(start, strict=False)
-    for name, parameter in network.aggregator.patch_embed.named_parameters():
-        parameter.requires_grad_(name not in start)
+    encoder = network.aggregator.patch_embed
+    encoder.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    encoder.requires_grad_(False)
 
 
 def _groups(network: Mini, teacher: Teacher, config: TrainConfig) -> list[dict[str, Any]]:

@@ -150,10 +150,15 @@ class Aggregator(nn.Module):
         blocks = [[block(config, qk_norm=True) for _ in range(config.depth)] for _ in range(2)]
         self.frame_blocks, self.inter_frame_blocks = map(nn.ModuleList, blocks)
 
+    def embed(self, images: Tensor, grid: Size) -> Tensor:  # [B, S, 3, H, W] -> [B, S, N, D]
+        B, S = images.shape[:2]
+        patches: Tensor = self.patch_embed(images.flatten(0, 1), grid)
+        return patches.unflatten(0, (B, S))
+
     def forward(self, images: Tensor) -> dict[int, Tensor]:  # [B, S, 3, H, W] -> [B, S, T, 2D]
         B, S, _, H, W = images.shape
         grid = (H // self.config.patch_size, W // self.config.patch_size)
-        patches = self.patch_embed(normalized(images).flatten(0, 1), grid).unflatten(0, (B, S))
+        patches = self.embed(normalized(images), grid)
         tokens = with_special_tokens([self.camera_token, self.register_token], patches)
         special = 1 + self.config.registers
         rotate = self.rope_embed(grid, special)
@@ -246,9 +251,9 @@ class TextHead(nn.Module):
 class Trunk(nn.Module):
     """A network from a patch encoder on: the aggregator and its heads."""
 
-    def __init__(self, config: TrunkConfig, patch_embed: nn.Module) -> None:
+    def __init__(self, config: TrunkConfig, aggregator: Aggregator) -> None:
         super().__init__()
-        self.aggregator = Aggregator(config, patch_embed)
+        self.aggregator = aggregator
         self.camera_head = CameraHead(config)
         self.dense_head = DenseHead(config)
         self.text_alignment_head = TextHead(config) if config.text_head else None
@@ -285,5 +290,5 @@ class VGGTOmega(Trunk):
     """VGGT-Omega. Source: spec vggt_omega, and its golden numbers."""
 
     def __init__(self, config: OmegaConfig) -> None:
-        super().__init__(config, PatchEncoder(config))
+        super().__init__(config, Aggregator(config, PatchEncoder(config)))
         self.config = config

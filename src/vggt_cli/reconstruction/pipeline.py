@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vggt_cli import device as devices
-from vggt_cli.errors import InputError
+from vggt_cli.errors import InputError, MemoryExceeded
 from vggt_cli.formats import images as photos
 from vggt_cli.geometry import share_intrinsics
 from vggt_cli.models import weights
@@ -55,18 +55,29 @@ class _Stages:
     """Seconds and peak memory of the steps, as they pass."""
 
     device: torch.device
+    progress: Progress
+    work: str = "reading"  # what there is to do, for the words of an error
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def stage(self, name: str, progress: Progress) -> Iterator[None]:
-        progress(name, 0, 0)
+    def stage(self, name: str) -> Iterator[None]:
+        """The step called `name`. Raises MemoryExceeded where it runs out of memory."""
+        self.progress(name, 0, 0)
         start = time.perf_counter()
-        yield
-        devices.synchronize(self.device)
+        try:
+            yield
+            devices.synchronize(self.device)
+        except (RuntimeError, MemoryError) as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            raise MemoryExceeded(
+                f"out of memory on {self.device} at the step '{name}': {self.work}",
+                hint="give fewer images, or a smaller --resolution",
+            ) from error
         self.seconds[name] = round(time.perf_counter() - start, 3)
         self.peak_memory[name] = devices.peak_memory(self.device)
-        progress(name, 1, 1)
+        self.progress(name, 1, 1)
 
 
 def reconstruct(source: str, options: Options, progress: Progress = silent) -> Scene:
@@ -80,20 +91,22 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
     root, paths = photos.find(source)
     known = _weights(options)
     shaping, warnings = _shaping(known.shaping, options.resolution)
-    stages = _Stages(device)
-    with stages.stage("load images", progress):
+    stages = _Stages(device, progress)
+    with stages.stage("load images"):
         loaded = photos.load(root, paths, shaping, lambda n: progress("load images", n, len(paths)))
     if options.strict and loaded.unreadable:
         name, why = loaded.unreadable[0]
         raise InputError(f"cannot be read: {name} ({why})", hint="leave out --strict to go on")
+    H, W = loaded.images.size
+    stages.work = f"{len(loaded.images)} images of {W} x {H}"
     group = photos.camera_groups(loaded.photos, options.camera)
-    with stages.stage("load weights", progress):
+    with stages.stage("load weights"):
         heads = ("text",) if options.save_tokens else ()
         network, used = weights.load(options.model, device, dtype, heads)
-    with stages.stage("predict", progress):
+    with stages.stage("predict"):
         prediction = predict(network, loaded.images)
     prediction = _with_shared_cameras(prediction, group)
-    with stages.stage("fuse", progress):
+    with stages.stage("fuse"):
         how = FuseOptions(options.points, options.confidence, options.seed)
         cloud = fuse(prediction, loaded.images, how)
         wide = dataclasses.replace(how, points=max(DENSE_POINTS, options.points))

@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from vggt_cli.device import is_out_of_memory
-from vggt_cli.errors import GeometryError, MemoryExceeded
+from vggt_cli.errors import GeometryError
 from vggt_cli.geometry import decode_pose, from_first_camera
 from vggt_cli.models.networks import Network
 from vggt_cli.scene import Cameras, ImageSet, Prediction
@@ -20,20 +19,11 @@ def predict(network: Network, images: ImageSet, frames_per_chunk: int = 8) -> Pr
     """What `network` says about `images`, in the world of frame 0.
 
     frames_per_chunk: how many frames the dense head takes at a time; memory, not numbers.
-    Raises MemoryExceeded, and GeometryError if a camera is not finite.
+    Raises GeometryError if a camera is not finite.
     """
     device = next(network.parameters()).device
-    try:
-        with torch.inference_mode():
-            outputs = network(images.pixels[None].to(device), frames_per_chunk)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        H, W = images.size
-        raise MemoryExceeded(
-            f"out of memory on {device}: {len(images)} images of {W} x {H} together",
-            hint="give fewer images, or a smaller --resolution",
-        ) from error
+    with torch.inference_mode():
+        outputs = network(images.pixels[None].to(device), frames_per_chunk)
     encoding = outputs.pose_passes[-1, 0].cpu().double()
     if not encoding.isfinite().all():
         frame = int((~encoding.isfinite().all(-1)).nonzero()[0])
