@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vggt_cli.models.networks import build
 from vggt_cli.models.omega import OmegaConfig
 from vggt_cli.models.tracker import TrackConfig
-from vggt_cli.models.vggt import VGGTConfig
+from vggt_cli.models.vggt import VGGT, VGGTConfig
 
 SMALL_OMEGA = OmegaConfig(
     embed_dim=128,
@@ -161,7 +162,7 @@ def shared_fill(shared: Path) -> Fill:
 def own_fill(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The rule of the project's own golden numbers: noise by name, of a size that keeps signals.
 
-    Buffers (`bias_mask`, `periods`) are left out: the constructors make them.
+    Buffers (`bias_mask`, `periods`) are left out: constructors make them.
     """
     filled = {}
     for name, shape in shapes.items():
@@ -185,3 +186,27 @@ def filled(make: Callable[[], N], fill: Fill, dtype: torch.dtype = torch.float32
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     network.load_state_dict(fill(shapes), assign=True)
     return network.to(dtype).eval()
+
+
+OWN = Path(__file__).parent / "golden" / "networks.safetensors"  # made by golden/make.py
+
+
+def own_outputs(config: OmegaConfig | VGGTConfig) -> dict[str, Tensor]:
+    """float64 outputs of a small network with `own_fill` on made-up images, tracks included."""
+    network = build(config)
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    network.load_state_dict(own_fill(shapes), strict=False)
+    network.double().eval()
+    H, W = 70, 98  # whole patches of VGGT, not of Omega
+    images = (torch.arange(2 * 3 * H * W).double() * 0.6180339887498949 % 1).view(1, 2, 3, H, W)
+    with torch.no_grad():
+        cached = network.aggregate(images)
+        outputs = network.read(cached, (H, W))
+        named = {k: v for k, v in outputs._asdict().items() if v is not None}
+        for dense in {"depth", "confidence", "points", "points_confidence"} & named.keys():
+            named[dense] = named[dense][:, :, ::5, ::5]
+        if isinstance(network, VGGT):
+            query = torch.tensor([[[10.0, 20.0], [77.5, 41.25]]]).double()
+            # Later iterations hang on the last bits: see FLOAT64_TRACKS.
+            named["track"] = network.track(cached, (H, W), query).xy[0]
+    return {name: value.contiguous() for name, value in named.items()}

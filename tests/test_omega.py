@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from golden_data import (
+    FLOAT64,
+    OWN,
     SMALL_OMEGA,
     Call,
     Golden,
     filled,
+    own_outputs,
     read_json,
     recorded,
     recorded_attention,
     shared_fill,
 )
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vggt_cli import geometry
@@ -176,6 +180,13 @@ def test_bfloat16_moves_outputs_as_much_as_on_an_accelerator(shared: Path, golde
     assert calls["aggregator.frame_blocks.0.attn.q_norm"][0].output.dtype == torch.float32
     assert calls["aggregator.inter_frame_blocks.3"][0].output.dtype == torch.float32
     assert all(v.dtype == torch.float32 for v in got.values())
+
+
+def test_outputs_are_those_that_the_project_recorded() -> None:
+    recorded_outputs = load_file(OWN)
+    for name, value in own_outputs(SMALL_OMEGA).items():
+        want = recorded_outputs[f"omega.{name}"]
+        torch.testing.assert_close(value, want, atol=FLOAT64, rtol=FLOAT64)
 
 
 def random_images(*shape: int) -> Tensor:
