@@ -19,9 +19,11 @@ LAYER = {
     "formats": 2,
     "reconstruction": 3,
     "learning": 4,  # may import reconstruction, never the reverse
+    "terminal": 5,
     "cli_weights": 5,
-    "cli": 6,
-    "__main__": 7,
+    "cli_learning": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 # Within a room: what each module may import of its neighbours.
 BESIDE = {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import enum
 import json
-import logging
 import signal
 import sys
 import traceback
@@ -16,9 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
-from vggt_cli import __version__
+from vggt_cli import __version__, cli_learning
 from vggt_cli.cli_weights import app as weights_app
 from vggt_cli.errors import VggtError
+from vggt_cli.terminal import Progress, Verbosity, speak
 
 app = typer.Typer(
     name="vggt",
@@ -30,6 +30,8 @@ app = typer.Typer(
     "4 weights or licence, 5 out of memory, 70 internal error, 130 interrupted.",
 )
 app.add_typer(weights_app, name="weights")
+app.command()(cli_learning.train)
+app.command()(cli_learning.evaluate)
 
 
 class Camera(enum.StrEnum):
@@ -128,7 +130,7 @@ def reconstruct(
     OUT/confidence and OUT/report.json; prints OUT. The first image is the origin, the scale is
     arbitrary. For Gaussian splatting give the trainer OUT as it is (gsplat: --data-factor 1).
     """
-    _speak(quiet, verbose)
+    speak(quiet, verbose)
     from vggt_cli.formats import export
     from vggt_cli.reconstruction import pipeline
 
@@ -150,7 +152,7 @@ def reconstruct(
     if dry_run:
         _print_plan(pipeline.plan(source, options) | {"out": str(out.absolute())}, as_json)
         return
-    with _Progress(quiet) as progress:
+    with Progress(quiet) as progress:
         scene = pipeline.reconstruct(source, options, progress)
         progress("write", 0, 0)
         export.write(scene, out, formats, overwrite)
@@ -170,67 +172,6 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
         typer.echo(f"{key.replace('_', ' ')}: {value}")
 
 
-class _Progress:
-    """Bars on a terminal; elsewhere one line a stage; nothing with --quiet."""
-
-    def __init__(self, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        console = Console(stderr=True)
-        self.bars = None
-        self.quiet = quiet
-        self.tasks: dict[str, Any] = {}
-        if console.is_terminal and not quiet:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
-            self.bars = Progress(*columns, TimeElapsedColumn(), console=console)
-
-    def __enter__(self) -> _Progress:
-        if self.bars:
-            self.bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bars:
-            self.bars.stop()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        first = stage not in self.tasks
-        if self.bars is None:
-            self.tasks[stage] = True
-            if first and not self.quiet:
-                typer.echo(stage, err=True)
-            return
-        if first:
-            self.tasks[stage] = self.bars.add_task(stage, total=None)
-        self.bars.update(self.tasks[stage], completed=done, total=total or None)
-
-
-def _speak(quiet: bool, verbose: int) -> None:
-    """Send the library's log to stderr: with -q errors, by default what matters, with -v all."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Words())
-    logger = logging.getLogger("vggt_cli")
-    logger.handlers = [handler]
-    logger.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
-    if verbose > 1:
-        _Traceback.wanted = True
-
-
-class _Traceback:
-    """Whether an error shows where it came from: -vv."""
-
-    wanted = False
-
-
-class _Words(logging.Formatter):
-    """`warning: text` from warnings on; plain text below."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return kind + record.getMessage()
-
-
 def main() -> None:
     """Run the command line; errors become exit codes (see the epilog of --help)."""
     # A SystemExit from the handler unwinds everything: unfinished folders are removed on the way.
@@ -240,7 +181,7 @@ def main() -> None:
         app()
     except VggtError as error:
         _say(error)
-        if _Traceback.wanted:
+        if Verbosity.traceback:
             traceback.print_exc()
         sys.exit(error.exit_code)
     except Exception as error:  # noqa: BLE001  the last door: a bug keeps its traceback

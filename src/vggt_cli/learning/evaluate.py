@@ -5,30 +5,36 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vggt_cli.learning import metrics, synthetic
 from vggt_cli.learning.synthetic import Sample
+from vggt_cli.models import store
 from vggt_cli.models.networks import Network
 from vggt_cli.reconstruction.predict import predict
 from vggt_cli.scene import Cameras, ImageSet, Prediction
 
+Row = dict[str, float | str]
 Predict = Callable[[ImageSet], Prediction]
 
 MEAN_FIELD_OF_VIEW = math.radians(62.5)  # of the longer side in training
 
 
-def evaluate(network: Network, heldout: Path) -> list[dict[str, float | str]]:
+def evaluate(network: Network, listed: Mapping[str, Any] | None = None) -> list[Row]:
     """Rows of figures: `network` and a constant prediction, for each number of frames.
 
-    heldout: a JSON file with seeds, frames, size and spread of rendered scenes.
+    listed: seeds, frames, size and spread of rendered scenes; None: the held-out ones, which
+    stand in weights/heldout.json and were fixed before any training.
     """
-    listed = json.loads(heldout.read_text())
-    rows: list[dict[str, float | str]] = []
+    if listed is None:
+        folder = store.bundled()
+        assert folder is not None  # it comes with the tool
+        listed = json.loads((folder / "heldout.json").read_text())
+    rows: list[Row] = []
     for frames in listed["frames"]:
         path = synthetic.Path(frames, tuple(listed["size"]), listed["spread"])
         samples = [synthetic.sample(seed, path) for seed in listed["seeds"]]

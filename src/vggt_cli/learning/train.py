@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from vggt_cli.learning import losses, synthetic
 from vggt_cli.learning.losses import Truth
+from vggt_cli.models import store
 from vggt_cli.models.layers import full_precision
 from vggt_cli.models.mini import Mini, MiniConfig
 
@@ -37,18 +38,17 @@ class TrainConfig:
     """What `train` does; every number of a run."""
 
     out: Path  # run folder: checkpoint.pt, metrics.csv, config.json
-    encoder: Path | None = None  # where the patch encoder starts, e.g. weights/encoder.safetensors
-    init: Path | None = None  # weights of mini to go on from
+    init: Path | None = None  # weights of mini to go on from; None: fresh but for the encoder
     minutes: float = 60.0
     steps: int = 100_000  # where the learning rate would reach its end
     batch: int = 8  # sequences
     frames: tuple[int, ...] = (2, 3, 4)
     pixels: int = 128  # root of the area
     aspects: tuple[float, ...] = (1.0, 0.75, 1.333, 0.667, 1.5)  # height / width
-    near: float = 0.3  # spread of the cameras at the beginning
+    near: float = 0.4  # spread of the cameras at the beginning
     near_steps: int = 5_000  # until it is 1
     scenes: int = 0  # only this many scenes, to see whether they can be learnt by heart; 0: no end
-    learning_rate: float = 5e-4
+    learning_rate: float = 8e-4
     warm_up: int = 300
     weight_decay: float = 0.02
     point_weight: float = 2.0
@@ -164,10 +164,12 @@ def train(config: TrainConfig, device: torch.device) -> Path:
     (config.out / "config.json").write_text(json.dumps(asdict(config), default=str, indent=1))
     network, step = Mini(MiniConfig()).to(device), 0
     teacher = Teacher(network.config).to(device)
-    if config.encoder:
-        _start_encoder(network, config.encoder)
     if config.init:
         network.load_state_dict({k: v.float() for k, v in load_file(config.init).items()})
+    else:
+        _start_encoder(network)
+    # The local features stay as they are, which costs less and forgets nothing.
+    network.aggregator.patch_embed.requires_grad_(False)
     average = torch.optim.swa_utils.AveragedModel(
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
     )
@@ -215,11 +217,11 @@ def train(config: TrainConfig, device: torch.device) -> Path:
     return config.out
 
 
-def _start_encoder(network: Mini, path: Path) -> None:
-    """Load the local features; they stay as they are, which costs less and forgets nothing."""
-    encoder = network.aggregator.patch_embed
-    encoder.load_state_dict({k: v.float() for k, v in load_file(path).items()})
-    encoder.requires_grad_(False)
+def _start_encoder(network: Mini) -> None:
+    folder = store.bundled()
+    assert folder is not None  # it comes with the tool
+    start = load_file(folder / "encoder.safetensors")
+    network.aggregator.patch_embed.load_state_dict({k: v.float() for k, v in start.items()})
 
 
 def _groups(network: Mini, teacher: Teacher, config: TrainConfig) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ def matched_places(features: Tensor, first: Tensor) -> Tensor:
     weight = alike.masked_fill(~near, -torch.inf).softmax(-1)
     size = torch.tensor([w, h]).to(a)
     places = ((weight @ cells) + 0.5 - size / 2) / (max(h, w) / 2)
-    return torch.cat([places, certain[..., None]], -1).mT.unflatten(-1, (h, w))
+    return torch.unflatten(torch.cat([places, certain[..., None]], -1).mT, -1, (h, w))
 
 
 class MiniAggregator(Aggregator):
@@ -114,7 +114,7 @@ class MiniAggregator(Aggregator):
         tokens = tokens + self.match(F.pixel_unshuffle(facts, 2).flatten(2).mT)
         blank = torch.zeros_like(tokens).mT.unflatten(-1, grid)
         placed = add_positions(blank, w / h) * 10  # that is, at full strength
-        return (tokens + placed.flatten(2).mT).unflatten(0, (B, S))
+        return torch.unflatten(tokens + placed.flatten(2).mT, 0, (B, S))
 
 
 class Mini(Trunk):

@@ -152,8 +152,8 @@ class Aggregator(nn.Module):
 
     def embed(self, images: Tensor, grid: Size) -> Tensor:  # [B, S, 3, H, W] -> [B, S, N, D]
         B, S = images.shape[:2]
-        patches: Tensor = self.patch_embed(images.flatten(0, 1), grid)
-        return patches.unflatten(0, (B, S))
+        patches = self.patch_embed(images.flatten(0, 1), grid)
+        return torch.unflatten(patches, 0, (B, S))
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:  # [B, S, 3, H, W] -> [B, S, T, 2D]
         B, S, _, H, W = images.shape

@@ -1,0 +1,69 @@
+"""How the command line speaks: the log and the progress, both on stderr."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import typer
+
+
+class Progress:
+    """Bars on a terminal; elsewhere one line a stage; nothing with --quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        self.bars = None
+        self.quiet = quiet
+        self.tasks: dict[str, Any] = {}
+        if console.is_terminal and not quiet:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
+            self.bars = Progress(*columns, TimeElapsedColumn(), console=console)
+
+    def __enter__(self) -> Progress:
+        if self.bars:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bars:
+            self.bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        first = stage not in self.tasks
+        if self.bars is None:
+            self.tasks[stage] = True
+            if first and not self.quiet:
+                typer.echo(stage, err=True)
+            return
+        if first:
+            self.tasks[stage] = self.bars.add_task(stage, total=None)
+        self.bars.update(self.tasks[stage], completed=done, total=total or None)
+
+
+def speak(quiet: bool, verbose: int) -> None:
+    """Send the library's log to stderr: with -q errors, by default what matters, with -v all."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Words())
+    logger = logging.getLogger("vggt_cli")
+    logger.handlers = [handler]
+    logger.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
+    if verbose > 1:
+        Verbosity.traceback = True
+
+
+class Verbosity:
+    """Whether an error shows where it came from: -vv."""
+
+    traceback = False
+
+
+class _Words(logging.Formatter):
+    """`warning: text` from warnings on; plain text below."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return kind + record.getMessage()
