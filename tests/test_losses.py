@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vggt_cli.geometry import decode_pose, encode_pose, unproject
 from vggt_cli.learning import losses, synthetic
 from vggt_cli.learning.losses import Truth
 
@@ -72,6 +73,47 @@ def test_golden_gradient_terms(shared: Path, step: int, x: int, y: int) -> None:
     assert float(found) == pytest.approx(expected, abs=1e-9)
 
 
+def test_golden_normal_term_and_depth_edges(shared: Path) -> None:
+    tensors, values = golden(shared)
+    truth = normalized(tensors)
+    edges = losses.depth_edges(truth).flatten(0, 1)
+    assert torch.equal(edges, tensors["piece.depth_edge"].bool())
+    found = float(losses.normal_loss(tensors["pred.depth"][..., 0], truth))
+    assert found * (1 + 1e-6) == pytest.approx(values["normal_loss"], abs=1e-9)
+
+
+@pytest.mark.parametrize("phase", ["warmup", "after_warmup"])
+def test_golden_gradients_of_the_whole_objective(shared: Path, phase: str) -> None:
+    """All terms together; only the first sequence is synthetic and has exact depth edges."""
+    tensors, _ = golden(shared)
+    truth = normalized(tensors)
+    depth, confidence, encoding = (
+        tensors[f"pred.{name}"].requires_grad_() for name in ("depth", "depth_conf", "pose_enc")
+    )
+    extrinsics, intrinsics = decode_pose(encoding, (56, 72))
+    true_lenses = phase == "warmup"
+    points = unproject(depth[..., 0], truth.intrinsics if true_lenses else intrinsics, extrinsics)
+    synthetic_one = Truth(*(x[:1] for x in truth))
+    first = depth[:1, ..., 0]
+    offsets = [(0, 0), (1, 1), (0, 3), (1, 7)]
+    parts = losses.depth_parts(depth[..., 0], confidence, truth)
+    total = 5 * (
+        losses.camera_loss(encoding, truth)
+        + parts["regression"]
+        + parts["confidence"]
+        + losses.gradient_loss(first, synthetic_one, offsets, fewest=256)
+        + 0.1 * losses.normal_loss(first, synthetic_one)
+        + losses.point_loss(points, truth)
+        + losses.track_loss(points, truth, tensors["gt.tracks"], tensors["gt.track_vis_mask"] > 0)
+    )
+    folder = shared / "golden/vggt_omega/losses"
+    results = json.loads((folder / "losses.json").read_text())["results"][phase]
+    assert float(total.detach()) == pytest.approx(results["values"]["loss_objective"], abs=1e-9)
+    total.backward()
+    for name, leaf in (("depth", depth), ("depth_conf", confidence), ("pose_enc", encoding)):
+        torch.testing.assert_close(leaf.grad, tensors[f"{phase}.grad_{name}"], atol=1e-10, rtol=0)
+
+
 def test_depth_far_beyond_the_limit_still_pulls_back() -> None:
     truth = Truth(torch.eye(3, 4), torch.eye(3), torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2) > 0)
     depth = torch.tensor([[[[500.0, -500.0]]]], requires_grad=True)
@@ -91,10 +133,11 @@ def rendered(seed: int = 0) -> Truth:
 
 def test_the_truth_itself_has_no_error() -> None:
     truth = rendered()
-    encoding = losses.encode_pose(truth.extrinsics, truth.intrinsics, (64, 96))
+    encoding = encode_pose(truth.extrinsics, truth.intrinsics, (64, 96))
     assert float(losses.camera_loss(encoding, truth)) < 1e-4
-    parts = losses.depth_parts(truth.depth, torch.ones_like(truth.depth), truth)
-    assert float(torch.stack(list(parts.values())).sum()) == 0
+    assert float(losses.depth_loss(truth.depth, torch.ones_like(truth.depth), truth)) < 1e-3
+    points = unproject(truth.depth, truth.intrinsics, truth.extrinsics)
+    assert float(losses.point_loss(points, truth)) == 0
     flipped = torch.cat([encoding[..., :3], -encoding[..., 3:7], encoding[..., 7:]], -1)
     assert float(losses.camera_loss(flipped, truth)) < 1e-4  # q and -q are one rotation
 

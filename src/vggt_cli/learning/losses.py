@@ -6,6 +6,8 @@ Source: spec vggt_omega section 15, whose weights are the defaults; the matching
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggt_cli.geometry import compose, decode_pose, encode_pose, invert, project, unproject
+
+# (rows, columns) of the four corners of all cells of 2 x 2 pixels, going round: the neighbours of
+# corner k are k - 1 and k - 3.
+_LOW, _HIGH = slice(None, -1), slice(1, None)
+_CORNERS = ((_LOW, _LOW), (_LOW, _HIGH), (_HIGH, _HIGH), (_HIGH, _LOW))
 
 
 class Truth(NamedTuple):
@@ -78,10 +85,7 @@ def _pairs(extrinsics: Tensor, true: Tensor) -> Tensor:
 def depth_parts(depth: Tensor, confidence: Tensor, truth: Truth) -> dict[str, Tensor]:
     """Regression, confidence and gradient error of depth and confidence [B, S, H, W]."""
     valid = truth.valid
-    mean = (truth.depth * valid).mean((-1, -2), keepdim=True) / (
-        valid.to(depth).mean((-1, -2), keepdim=True) + 1e-7
-    )
-    error = (depth - truth.depth).abs() * (1 + 0.2 * _nearness(truth.depth, mean))
+    error = (depth - truth.depth).abs() * (1 + 0.2 * _nearness(truth))
     error = _clipped(error, depth > truth.depth, 100.0)[valid]
     doubt = (error * confidence[valid] - 0.2 * confidence[valid].log()).clamp(max=100)
     return {
@@ -92,13 +96,17 @@ def depth_parts(depth: Tensor, confidence: Tensor, truth: Truth) -> dict[str, Te
 
 
 def depth_loss(depth: Tensor, confidence: Tensor, truth: Truth) -> Tensor:
-    """Regression + confidence + gradient; the normal term of the source is left out."""
-    return torch.stack(list(depth_parts(depth, confidence, truth).values())).sum()
+    """Regression + confidence + gradient + a tenth of the normals' error."""
+    parts = depth_parts(depth, confidence, truth)
+    return torch.stack(list(parts.values())).sum() + 0.1 * normal_loss(depth, truth)
 
 
-def _nearness(depth: Tensor, mean: Tensor) -> Tensor:
+def _nearness(truth: Truth) -> Tensor:
     """Weight of near pixels: the inverse of depth, which is kept above a tenth of the mean."""
-    return (1 / (torch.maximum(depth, 0.1 * mean) + 1e-6)).clamp(0.1, 10)
+    valid = truth.valid.to(truth.depth)
+    mean = (truth.depth * valid).mean((-1, -2), keepdim=True)
+    mean = mean / (valid.mean((-1, -2), keepdim=True) + 1e-7)
+    return (1 / (torch.maximum(truth.depth, 0.1 * mean) + 1e-6)).clamp(0.1, 10)
 
 
 def _clipped(error: Tensor, too_far: Tensor, limit: float) -> Tensor:
@@ -107,16 +115,21 @@ def _clipped(error: Tensor, too_far: Tensor, limit: float) -> Tensor:
     return torch.where((error > limit) & too_far, error + (cut - error).detach(), cut)
 
 
-def gradient_loss(depth: Tensor, truth: Truth, scales: int = 4, fewest: int = 4096) -> Tensor:
-    """Mean difference of neighbouring depth errors at several steps, the coarser weighted less.
+def gradient_loss(
+    depth: Tensor,
+    truth: Truth,
+    offsets: Sequence[tuple[int, int]] = ((0, 0),) * 4,
+    fewest: int = 4096,
+) -> Tensor:
+    """Mean difference of neighbouring depth errors at steps 1, 2, 4, 8, the coarser weighted less.
 
-    Subsampling starts at pixel 0; the source starts anywhere within the step.
+    offsets: the pixel (x, y) where subsampling starts at each step; the source draws them.
     """
     total = depth.new_zeros(())
-    for step in (2**k for k in range(scales)):
-        enough = fewest if step == 1 else max(fewest // 2, 64)
-        total = total + gradient_at(depth, truth, step, (0, 0), enough) / step
-    return total / (sum(2.0**-k for k in range(scales)) + 1e-6)
+    for k, offset in enumerate(offsets):
+        enough = max(fewest // 2, 64) if k else fewest
+        total = total + gradient_at(depth, truth, 2**k, offset, enough) / 2**k
+    return total / (sum(2.0**-k for k in range(len(offsets))) + 1e-6)
 
 
 def gradient_at(
@@ -134,6 +147,65 @@ def gradient_at(
         return depth.new_zeros(())
     total = (across.clamp(max=100) * across_valid).sum() + (down.clamp(max=100) * down_valid).sum()
     return total / pairs
+
+
+def normal_loss(depth: Tensor, truth: Truth, fewest: int = 100) -> Tensor:
+    """Mean Huber error, in radians, of the normals at the corners of all 2 x 2 cells of pixels.
+
+    Corners at depth edges of the truth do not count; 0 with few others.
+    """
+    valid = truth.valid & ~depth_edges(truth)
+    found, true = (_corner_normals(d, truth.intrinsics) for d in (depth, truth.depth))
+    corner = [valid[..., rows, columns] for rows, columns in _CORNERS]
+    inside = torch.stack([corner[k] & corner[k - 1] & corner[k - 3] for k in range(4)])
+    if int(inside.sum()) < fewest:
+        return depth.new_zeros(())
+    a, b = found[inside], true[inside]
+    angle = torch.atan2(torch.linalg.cross(a, b).norm(dim=-1) + 1e-12, (a * b).sum(-1))
+    degree = math.pi / 180
+    angle = angle.clamp(degree, 90 * degree)
+    return F.smooth_l1_loss(angle, torch.zeros_like(angle), beta=3 * degree) / (1 + 1e-6)
+
+
+def depth_edges(truth: Truth) -> Tensor:
+    """[B, S, H, W]: where the true depth of the 3 x 3 pixels around differs by more than 3 %."""
+    flat, valid = truth.depth.flatten(0, 1), truth.valid.flatten(0, 1)
+    far = F.max_pool2d(torch.where(valid, flat, -torch.inf), 3, 1, 1)
+    near = -F.max_pool2d(torch.where(valid, -flat, -torch.inf), 3, 1, 1)
+    edges: Tensor = (far - near) / flat > 0.03
+    return edges.view_as(truth.depth)
+
+
+def _corner_normals(depth: Tensor, intrinsics: Tensor) -> Tensor:
+    """[4, B, S, H - 1, W - 1, 3] normals, not of unit length, at each corner of the cells."""
+    still = torch.eye(3, 4).to(depth).expand(*intrinsics.shape[:-2], 3, 4)
+    points = unproject(depth, intrinsics, still)
+    p = [points[..., rows, columns, :] for rows, columns in _CORNERS]
+    return torch.stack([torch.linalg.cross(p[k - 3] - p[k], p[k - 1] - p[k]) for k in range(4)])
+
+
+def point_loss(points: Tensor, truth: Truth) -> Tensor:
+    """Mean error of world points [B, S, H, W, 3], near ones weighted more."""
+    true = unproject(truth.depth, truth.intrinsics, truth.extrinsics)
+    error = (points - true).abs() * (1 + 0.2 * _nearness(truth))[..., None]
+    return error[truth.valid].clamp(max=100).mean()
+
+
+def track_loss(points: Tensor, truth: Truth, xy: Tensor, seen: Tensor, fewest: int = 100) -> Tensor:
+    """Mean error of the way from a track's point in frame 0 to its point in each other frame.
+
+    points: [B, S, H, W, 3] world; xy: [B, S, T, 2] pixels of the tracks; seen: [B, S, T] bool.
+    """
+    H, W = truth.depth.shape[-2:]
+    column, row = xy.floor().long().unbind(-1)
+    pixel = row.clamp(0, H - 1) * W + column.clamp(0, W - 1)  # [B, S, T]
+    true = unproject(truth.depth, truth.intrinsics, truth.extrinsics)
+    drift = (points - true).flatten(2, 3).gather(2, pixel[..., None].expand(*pixel.shape, 3))
+    good = seen & truth.valid.flatten(2).gather(2, pixel)
+    both = good[:, :1] & good[:, 1:]
+    if int(both.sum()) < fewest:
+        return points.new_zeros(())
+    return (drift[:, :1] - drift[:, 1:]).abs()[both].clamp(max=1000).mean()
 
 
 def patch_points(truth: Truth, patch: int) -> tuple[Tensor, Tensor]:
