@@ -54,5 +54,12 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) install -c $(VENV)/constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.user
 
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_pipeline.py
+
+# Makes mini again: about two hours on two cores. See docs/training.md.
+mini: $(VENV)/.user
+	$(BIN)/vggt train --out runs/mini --minutes 75
+
 clean:
 	rm -rf $(VENV) scene build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
