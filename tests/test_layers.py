@@ -173,6 +173,7 @@ def test_a_callers_autocast_rules_the_aggregator_and_not_the_heads(config: Confi
         outputs = network(images)
     qkv = calls["aggregator.frame_blocks.0.attn.qkv"][0].output
     assert qkv.dtype == torch.bfloat16
+    assert calls["aggregator.frame_blocks.0.attn.q_norm"][0].output.dtype == torch.float32
     assert calls["camera_head.trunk.0.attn.qkv"][0].output.dtype == torch.float32
     assert all(x is None or x.dtype == torch.float32 for x in outputs)
     (outputs.pose_passes.mean() + outputs.depth.mean()).backward()

@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_data import SMALL_VGGT, Call, Golden, filled, recorded, shared_fill
+from golden_data import (
+    FLOAT64,
+    OWN,
+    SMALL_VGGT,
+    Call,
+    Golden,
+    filled,
+    own_outputs,
+    recorded,
+    shared_fill,
+)
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vggt_cli.models.layers import Size
@@ -198,6 +209,21 @@ def test_points_stay_where_they_were_asked_for_in_the_first_frame(tracker: Track
     for xy in followed.xy:
         assert torch.equal(xy[:, 0], QUERY)
         assert not torch.allclose(xy[:, 1], QUERY)
+
+
+def test_an_iteration_sends_no_gradient_to_the_coordinates_before(tracker: Tracker) -> None:
+    followed = tracker(random_maps(1, 3, 8, 10, 12), QUERY)
+    bias = tracker.updateformer.flow_head.bias
+    (gradient,) = torch.autograd.grad(followed.xy[1, ..., 0].sum(), bias)
+    # Two network pixels for each of three points in the two later frames, and nothing besides.
+    assert gradient[0] == 2 * 3 * 2
+    assert gradient[1] == 0
+
+
+def test_the_position_embedding_of_the_features_is_a_matter_of_the_checkpoint() -> None:
+    fixed = replace(SMALL_VGGT, track_position_embedding=True)
+    want = load_file(OWN)["vggt-fixed.track"]
+    torch.testing.assert_close(own_outputs(fixed)["track"], want, atol=FLOAT64, rtol=FLOAT64)
 
 
 def test_permuting_later_frames_permutes_tracks(tracker: Tracker) -> None:

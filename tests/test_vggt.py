@@ -270,6 +270,15 @@ def test_a_batch_equals_its_members_alone(fresh: VGGT) -> None:
     torch.testing.assert_close(batch.pose_passes, torch.cat([x.pose_passes for x in alone], 1))
 
 
+def test_a_pass_of_the_camera_head_sends_no_gradient_to_the_pass_before(fresh: VGGT) -> None:
+    first, second, *_ = fresh.camera_head(random_images(1, 2, 2 * TINY.embed_dim))
+    start = fresh.camera_head.empty_pose_tokens  # which only the first pass reads
+    (gradient,) = torch.autograd.grad(first.sum(), start, retain_graph=True)
+    assert gradient.ne(0).any()
+    (gradient,) = torch.autograd.grad(second.sum(), start)
+    assert gradient.eq(0).all()
+
+
 def test_sizes_that_are_not_made_of_patches_are_refused(fresh: VGGT) -> None:
     with pytest.raises(AssertionError, match="patches of 14"):
         fresh(random_images(1, 1, 3, 30, 28))
