@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,9 +34,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(folder: Path, steps: int) -> TrainConfig:
-    """A run of a few seconds on few scenes."""
+    """A run of a few seconds on few scenes, by steps: the rate of one by minutes depends on speed."""
     return TrainConfig(
         folder,
+        minutes=math.inf,
         steps=steps,
         batch=4,
         frames=(2,),
