@@ -34,7 +34,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(folder: Path, steps: int) -> TrainConfig:
-    """A run of a few seconds on few scenes, by steps: the rate of one by minutes depends on speed."""
+    """A run of seconds on few scenes, limited by steps: one by minutes depends on speed."""
     return TrainConfig(
         folder,
         minutes=math.inf,
