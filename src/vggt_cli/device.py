@@ -1,5 +1,6 @@
 """Which device, which dtype, how much memory: the only file that names an accelerator."""
 
+import contextlib
 import resource
 import sys
 
@@ -46,6 +47,17 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def _cpu_multiplies_bfloat16() -> bool:
     # Private in torch, present since 2.5; without the instructions bfloat16 is emulated and slow.
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def exact_convolutions() -> contextlib.AbstractContextManager[None]:
+    """The context in which float32 convolutions are float32, and the same on every run.
+
+    CUDA devices otherwise round their factors to ten bits, which the heads do not bear.
+    """
+    context: contextlib.AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, deterministic=True, allow_tf32=False
+    )
+    return context
 
 
 def synchronize(device: torch.device) -> None:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,7 +103,9 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
     group = photos.camera_groups(loaded.photos, options.camera)
     with stages.stage("load weights"):
         heads = ("text",) if options.save_tokens else ()
-        network, used = weights.load(options.model, device, dtype, heads)
+        network, used = weights.load(
+            options.model, device, dtype, heads, partial(progress, "load weights")
+        )
     with stages.stage("predict"):
         prediction = predict(network, loaded.images)
     prediction = _with_shared_cameras(prediction, group)

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from vggt_cli.device import exact_convolutions
 from vggt_cli.errors import GeometryError
 from vggt_cli.geometry import decode_pose, from_first_camera
 from vggt_cli.models.networks import Network
@@ -22,7 +23,7 @@ def predict(network: Network, images: ImageSet, frames_per_chunk: int = 8) -> Pr
     Raises GeometryError if a camera is not finite.
     """
     device = next(network.parameters()).device
-    with torch.inference_mode():
+    with torch.inference_mode(), exact_convolutions():
         outputs = network(images.pixels[None].to(device), frames_per_chunk)
     encoding = outputs.pose_passes[-1, 0].cpu().double()
     if not encoding.isfinite().all():
