@@ -123,12 +123,22 @@ def test_the_nearer_of_two_surfaces_is_no_observation_of_the_farther() -> None:
 
 
 def test_depth_edges_mark_both_sides_of_a_step_and_no_slope() -> None:
-    depth = torch.full((1, 6, 8), 2.0)
+    depth, everywhere = torch.full((1, 6, 8), 2.0), torch.ones(1, 6, 8, dtype=torch.bool)
     depth[:, :, 4:] = 3.0
     expected = torch.zeros(1, 6, 8, dtype=torch.bool)
     expected[:, :, 3:5] = True
-    assert torch.equal(depth_edges(depth), expected)
-    assert not depth_edges(torch.linspace(2, 2.1, 8).expand(1, 6, 8)).any()
+    assert torch.equal(depth_edges(depth, everywhere), expected)
+    slope = torch.linspace(2, 2.1, 8).expand(1, 6, 8)
+    assert not depth_edges(slope, everywhere).any()
+
+
+def test_a_rough_depth_map_keeps_most_of_its_pixels_and_loses_its_steps() -> None:
+    random = torch.Generator().manual_seed(0)
+    depth = 2 + 0.1 * torch.rand(1, 40, 60, generator=random)
+    depth[:, :, 30:] += 2
+    edges = depth_edges(depth, torch.ones_like(depth, dtype=torch.bool))
+    assert edges[:, :, 29:31].all()
+    assert edges.float().mean() < 0.1
 
 
 def test_normals_of_a_wall_point_to_the_camera() -> None:

@@ -72,11 +72,17 @@ def confident_pixels(prediction: Prediction, images: ImageSet, options: FuseOpti
     return usable & (prediction.confidence >= threshold)
 
 
-def depth_edges(depth: Tensor) -> Tensor:
-    """[..., H, W] bool: pixels between a near and a far surface, which belong to neither."""
-    padded = F.pad(depth.flatten(0, -3)[:, None], (1, 1, 1, 1), mode="replicate")
+def depth_edges(depth: Tensor, valid: Tensor) -> Tensor:
+    """[S, H, W] bool: pixels between a near and a far surface, which belong to neither.
+
+    There the depth [S, H, W] varies within 3 x 3 pixels by more than 3 % of itself, and by more
+    than three times what is usual among the `valid` pixels: a rough depth map is no reason to
+    drop all of it.
+    """
+    padded = F.pad(depth[:, None], (1, 1, 1, 1), mode="replicate")
     largest, smallest = F.max_pool2d(padded, 3, 1), -F.max_pool2d(-padded, 3, 1)
-    return ((largest - smallest)[:, 0] > DEPTH_EDGE * depth.flatten(0, -3)).reshape(depth.shape)
+    varies = (largest - smallest)[:, 0] / depth
+    return varies > max(DEPTH_EDGE, 3 * float(varies[valid].median()))
 
 
 def surface_normals(points: Tensor, center: Tensor) -> Tensor:
@@ -118,9 +124,7 @@ def _candidates(
     prediction: Prediction, images: ImageSet, confident: Tensor, options: FuseOptions
 ) -> _Seeds:
     """Seeds at trusted pixels of all frames, at most about CANDIDATES for each point allowed."""
-    trusted = confident & ~depth_edges(prediction.depth)
-    if not trusted.any():
-        trusted = confident
+    trusted = confident & ~depth_edges(prediction.depth, confident)
     share = CANDIDATES * options.points / int(trusted.sum())
     random = torch.Generator().manual_seed(options.seed)
     parts = []
