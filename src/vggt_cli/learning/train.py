@@ -85,7 +85,7 @@ class Scenes(IterableDataset[Batch]):
                 size = _size(config, random)
                 pool.clear()
             spread = config.near + (1 - config.near) * min(1.0, step / max(1, config.near_steps))
-            while len(pool) < 8 or torch.rand((), generator=random) < 0.5:
+            while len(pool) < 12 or torch.rand((), generator=random) < 2 / 3:
                 number = seed if not config.scenes else FIRST_SEED + seed % config.scenes
                 pool.append(synthetic.sample(number, synthetic.Path(6, size, spread)))
                 seed += workers
