@@ -18,7 +18,7 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     pixels: Annotated[int, typer.Option(min=64, help="Root of the images' area.")] = 128,
     near: Annotated[float, typer.Option(min=0, max=1, help="Spread of cameras at first.")] = 0.4,
-    rate: Annotated[float, typer.Option(help="Learning rate after the warm-up.")] = 8e-4,
+    rate: Annotated[float, typer.Option(help="Learning rate after the warm-up.")] = 5e-4,
     seed: Annotated[int, typer.Option(help="Of weights and scenes.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
 ) -> None:

@@ -41,14 +41,14 @@ class TrainConfig:
     init: Path | None = None  # weights of mini to go on from; None: fresh but for the encoder
     minutes: float = 60.0
     steps: int = 100_000  # where the learning rate would reach its end
-    batch: int = 8  # sequences
+    batch: int = 6  # sequences of four frames; more of fewer
     frames: tuple[int, ...] = (2, 3, 4)
     pixels: int = 128  # root of the area
     aspects: tuple[float, ...] = (1.0, 0.75, 1.333, 0.667, 1.5)  # height / width
     near: float = 0.4  # spread of the cameras at the beginning
     near_steps: int = 5_000  # until it is 1
     scenes: int = 0  # only this many scenes, to see whether they can be learnt by heart; 0: no end
-    learning_rate: float = 8e-4
+    learning_rate: float = 5e-4
     warm_up: int = 300
     weight_decay: float = 0.02
     point_weight: float = 2.0
