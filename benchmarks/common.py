@@ -33,9 +33,8 @@ def seconds(step: Callable[[], object], device: torch.device, runs: int = 10) ->
 def write(name: str, figures: Any) -> Path:
     """results/NAME.json with the figures, the commit and the machine."""
     root = Path(__file__).parents[1]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    ).stdout.strip()  # fmt: skip
+    described = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(described, cwd=root, capture_output=True, text=True, check=False)
     machine = {
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
@@ -45,6 +44,6 @@ def write(name: str, figures: Any) -> Path:
     }
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    content = {"commit": commit, "machine": machine, "figures": figures}
+    content = {"commit": done.stdout.strip(), "machine": machine, "figures": figures}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
