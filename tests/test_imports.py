@@ -130,3 +130,15 @@ def test_pngs_can_be_written_after_pycolmap_was_imported_through_its_door() -> N
 def test_pycolmap_is_imported_in_one_place() -> None:
     users = [m for m in MODULES if "import pycolmap" in (SRC / f"{m}.py").read_text("utf-8")]
     assert users == ["formats/colmap"]
+
+
+def test_the_library_offers_these_names_and_no_others() -> None:
+    import vggt_cli
+
+    offered = {name: getattr(vggt_cli, name) for name in vggt_cli.__all__}
+    assert sorted(offered) == [
+        "Cameras", "ImageSet", "Options", "PointCloud", "Prediction", "Scene", "Tracks",
+        "VggtError", "__version__", "reconstruct", "write",
+    ]  # fmt: skip
+    with pytest.raises(AttributeError):
+        _ = vggt_cli.nothing
