@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -304,3 +305,34 @@ def test_a_full_disk_is_an_output_error(scene: Scene) -> None:
             assert not beside(Path(folder))
         finally:
             subprocess.run(["umount", folder], check=True)
+
+
+def test_a_parent_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot write into"):
+        export.refuse_existing(tmp_path / "file" / "out", overwrite=False)
+    export.refuse_existing(tmp_path / "new" / "deeper" / "out", overwrite=False)
+
+
+def test_a_disk_without_links_gets_copies(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr("sys.platform", "darwin")  # no reflink by ioctl either
+    export.write(scene, tmp_path / "out")
+    copy, original = tmp_path / "out/images/B.jpg", scene.photos[2].path
+    assert copy.read_bytes() == original.read_bytes()
+    assert copy.stat().st_ino != original.stat().st_ino
+
+
+def test_tokens_are_an_error_where_the_network_has_none(scene: Scene, tmp_path: Path) -> None:
+    bare = replace(scene, prediction=replace(scene.prediction, tokens=None, text=None))
+    with pytest.raises(OutputError, match="no tokens"):
+        export.write(bare, tmp_path / "out", ["tokens"])
+    without_text = replace(scene, prediction=replace(scene.prediction, text=None))
+    export.write(without_text, tmp_path / "out", ["tokens"])
+    with np.load(tmp_path / "out/tokens.npz") as stored:
+        assert set(stored) == {"names", "tokens"}
