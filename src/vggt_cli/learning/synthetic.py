@@ -328,11 +328,20 @@ def _free(world: World, center: Tensor, reach: Tensor) -> Tensor:
     return center
 
 
-def sample(seed: int, path: Path) -> Sample:
-    """A random world seen along a random path, with true depth; the same for the same seed."""
+CPU = torch.device("cpu")
+
+
+def sample(seed: int, path: Path, device: torch.device = CPU) -> Sample:
+    """A random world seen along a random path, with true depth; the same for the same seed.
+
+    Rendered on `device`; the world and the cameras are drawn on the CPU, so that they are the same
+    everywhere.
+    """
     random = torch.Generator().manual_seed(seed)
     made = world(random)
-    return render(made, cameras(random, made, path))
+    seen = cameras(random, made, path)
+    k, extrinsics = seen.intrinsics.to(device), seen.extrinsics.to(device)
+    return render(made.to(device), Cameras(extrinsics, k, seen.image_size))
 
 
 def photographed(random: Generator, pixels: Tensor) -> Tensor:
@@ -342,4 +351,5 @@ def photographed(random: Generator, pixels: Tensor) -> Tensor:
     exposure = common * uniform(random, S, 1, 1, 1, low=0.9, high=1.1)
     balance = uniform(random, 1, 3, 1, 1, low=0.9, high=1.1)
     noise = uniform(random, 1, high=0.02) * torch.randn(pixels.shape, generator=random)
-    return ((pixels * exposure * balance + noise).clamp(0, 1) * 255).round() / 255
+    seen = pixels * (exposure * balance).to(pixels) + noise.to(pixels)
+    return (seen.clamp(0, 1) * 255).round() / 255

@@ -69,11 +69,12 @@ class Batch:
 class Scenes(IterableDataset[Batch]):
     """Batches of rendered sequences without end; each scene serves several, seen otherwise."""
 
-    def __init__(self, config: TrainConfig, first_step: int) -> None:
-        self.config, self.first_step = config, first_step
+    def __init__(
+        self, config: TrainConfig, first_step: int, device: torch.device = synthetic.CPU
+    ) -> None:
+        self.config, self.first_step, self.device = config, first_step, device
 
     def __iter__(self) -> Iterator[Batch]:
-        torch.set_num_threads(1)
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         config = self.config
@@ -87,7 +88,7 @@ class Scenes(IterableDataset[Batch]):
             spread = config.near + (1 - config.near) * min(1.0, step / max(1, config.near_steps))
             while len(pool) < 12 or torch.rand((), generator=random) < 2 / 3:
                 number = seed if not config.scenes else FIRST_SEED + seed % config.scenes
-                pool.append(synthetic.sample(number, synthetic.Path(6, size, spread)))
+                pool.append(synthetic.sample(number, synthetic.Path(6, size, spread), self.device))
                 seed += workers
             yield _batch(pool, config, random)
             step += workers
@@ -188,7 +189,9 @@ def train(config: TrainConfig, device: torch.device) -> Path:
         step = stored.pop("step")
         for name, part in parts.items():
             part.load_state_dict(stored[name])
-    loader = DataLoader(Scenes(config, step), batch_size=None, num_workers=config.workers)
+    # An accelerator renders faster than it could be fed, in this process.
+    workers = config.workers if device.type == "cpu" else 0
+    loader = DataLoader(Scenes(config, step, device), batch_size=None, num_workers=workers)
     started = saved = time.monotonic()
     sums: dict[str, float] = {}
     for batch in loader:
@@ -196,7 +199,7 @@ def train(config: TrainConfig, device: torch.device) -> Path:
             break
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, time.monotonic() - started, config)
-        loss, terms = objective(network, teacher, _to(batch, device), config)
+        loss, terms = objective(network, teacher, batch, config)
         optimizer.zero_grad()
         loss.backward()
         for part in (network.aggregator, network.camera_head, network.dense_head, teacher):
@@ -238,10 +241,6 @@ def _schedule(step: int, seconds: float, config: TrainConfig) -> float:
     """Share of the peak rate: linear warm-up, then a cosine over the steps or the time allowed."""
     done = min(1.0, max(step / config.steps, seconds / (config.minutes * 60)))
     return min(1.0, (step + 1) / config.warm_up) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.pixels.to(device), Truth(*(x.to(device) for x in batch.truth)))
 
 
 def _log(config: TrainConfig, step: int, minutes: float, means: dict[str, float]) -> None:
