@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from vggt_cli.geometry import pixel_centers
 from vggt_cli.scene import Cameras
 
+CPU = torch.device("cpu")
 FAR = 1e4  # no surface
 TEXTURES, LEVELS, TEXELS = 10, 6, 128
 NEAREST = 0.25  # metres between a camera and any surface
@@ -328,15 +329,8 @@ def _free(world: World, center: Tensor, reach: Tensor) -> Tensor:
     return center
 
 
-CPU = torch.device("cpu")
-
-
 def sample(seed: int, path: Path, device: torch.device = CPU) -> Sample:
-    """A random world seen along a random path, with true depth; the same for the same seed.
-
-    Rendered on `device`; the world and the cameras are drawn on the CPU, so that they are the same
-    everywhere.
-    """
+    """A random world seen along a random path; the same for the same seed, on any `device`."""
     random = torch.Generator().manual_seed(seed)
     made = world(random)
     seen = cameras(random, made, path)
