@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def examples() -> Path:
     """The project's own example photos."""
     return Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _quiet_logger() -> Iterator[None]:
+    """Commands that run in this process set up the log: undo it."""
+    logger = logging.getLogger("vggt_cli")
+    level, handlers = logger.level, logger.handlers
+    yield
+    logger.setLevel(level)
+    logger.handlers = handlers
