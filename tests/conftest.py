@@ -41,9 +41,8 @@ def examples() -> Path:
 
 @pytest.fixture(autouse=True)
 def _quiet_logger() -> Iterator[None]:
-    """Commands that run in this process set up the log: undo it."""
-    logger = logging.getLogger("vggt_cli")
-    level, handlers = logger.level, logger.handlers
+    """Commands that run in this process set up the log: back to what a fresh one has."""
     yield
-    logger.setLevel(level)
-    logger.handlers = handlers
+    logger = logging.getLogger("vggt_cli")
+    logger.setLevel(logging.NOTSET)
+    logger.handlers = []
