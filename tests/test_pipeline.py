@@ -21,8 +21,7 @@ MINI = Options(model="mini", points=3000, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def photos(examples: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
-    del tmp_path_factory
+def photos(examples: Path) -> list[Image.Image]:
     return [
         Image.open(examples / f"motorcycle/{side}.png").convert("RGB").resize((240, 160))
         for side in ("left", "right")

@@ -67,7 +67,11 @@ def camera_parts(encoding: Tensor, truth: Truth) -> dict[str, Tensor]:
 
 def camera_loss(encoding: Tensor, truth: Truth) -> Tensor:
     """2 translation + rotation + field of view + pairs."""
-    parts = camera_parts(encoding, truth)
+    return camera_sum(camera_parts(encoding, truth))
+
+
+def camera_sum(parts: dict[str, Tensor]) -> Tensor:
+    """The camera loss of its parts."""
     return 2 * parts["translation"] + parts["rotation"] + parts["field of view"] + parts["pairs"]
 
 

@@ -143,9 +143,8 @@ def objective(
         points = teacher.points(patches).unflatten(2, true.shape[2:4])
         point = (points - true).abs().clamp(max=10)[valid].mean()
         matching, found = losses.matching_loss(teacher.features(patches), batch.truth, patch)
-    camera_loss = 2 * camera["translation"] + camera["rotation"] + camera["field of view"]
     total = (
-        5 * (camera_loss + camera["pairs"])
+        5 * losses.camera_sum(camera)
         + 5 * torch.stack(list(depth.values())).sum()
         + config.point_weight * point
         + config.matching_weight * matching

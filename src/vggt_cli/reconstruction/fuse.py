@@ -149,7 +149,7 @@ def _candidates(
 
 def _seeds_of_frame(prediction: Prediction, images: ImageSet, frame: int, pixel: Tensor) -> _Seeds:
     cameras, depth = prediction.cameras, prediction.depth[frame]
-    points = unproject(depth, cameras.intrinsics[frame], cameras.extrinsics[frame])
+    points = _points_of_frame(prediction, frame)
     normals = surface_normals(points, cameras.centers[frame])
     rgb = (images.pixels[frame].flatten(1).T[pixel] * 255).round().to(torch.uint8)
     confidence = prediction.confidence[frame].flatten()[pixel]
@@ -238,14 +238,15 @@ def _observe(
         point, pixel = _with_own_pixels(seen, seeds, frame)
         against[seen.point] += seen.sees_through.int()
         confidence = prediction.confidence[frame].flatten()[pixel].double()
-        total[point] += confidence[:, None] * _points_of_frame(prediction, frame)[pixel].double()
+        points = _points_of_frame(prediction, frame).flatten(0, 1)
+        total[point] += confidence[:, None] * points[pixel].double()
         weight[point] += confidence
         joined.append((point, pixel))
     xyz = (total / weight[:, None]).float()
     tracks = _tracks(xyz, joined, prediction, images)
     for_it = torch.bincount(tracks.point, minlength=n)
     kept = (for_it > 0) & (against <= for_it)
-    if not kept.any():  # the frames contradict each other everywhere: the report will say so
+    if not kept.any():  # the frames contradict each other everywhere: rough points, not none
         kept = for_it > 0
     log.debug("points that other frames look through, dropped: %d of %d", int((~kept).sum()), n)
     cloud = _select(replace(seeds.cloud, xyz=xyz), kept)
@@ -263,10 +264,9 @@ def _with_own_pixels(seen: _Sighting, seeds: _Seeds, frame: int) -> tuple[Tensor
     return point, torch.cat([seen.pixel[foreign], seeds.pixel[own]])
 
 
-def _points_of_frame(prediction: Prediction, frame: int) -> Tensor:
-    cameras = prediction.cameras
-    depth = prediction.depth[frame]
-    return unproject(depth, cameras.intrinsics[frame], cameras.extrinsics[frame]).flatten(0, 1)
+def _points_of_frame(prediction: Prediction, frame: int) -> Tensor:  # [H, W, 3]
+    cameras, depth = prediction.cameras, prediction.depth[frame]
+    return unproject(depth, cameras.intrinsics[frame], cameras.extrinsics[frame])
 
 
 def _tracks(
