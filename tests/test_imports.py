@@ -46,7 +46,8 @@ BESIDE = {
         "datasets": {"synthetic"},
         "losses": set(),
         "metrics": set(),
-        "train": {"synthetic", "datasets", "losses", "metrics", "evaluate"},
+        "objectives": {"losses"},
+        "train": {"synthetic", "datasets", "losses", "objectives", "metrics", "evaluate"},
         "evaluate": {"synthetic", "datasets", "losses", "metrics"},
     },
 }

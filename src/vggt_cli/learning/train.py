@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from vggt_cli.learning import losses, synthetic
 from vggt_cli.learning.losses import Truth
+from vggt_cli.learning.objectives import PUBLISHED, Batch, Teacher, Weights, objective
 from vggt_cli.models import store
-from vggt_cli.models.layers import full_precision
 from vggt_cli.models.mini import Mini, MiniConfig
 
 log = logging.getLogger(__name__)
@@ -51,19 +50,10 @@ class TrainConfig:
     learning_rate: float = 5e-4
     warm_up: int = 300
     weight_decay: float = 0.02
-    point_weight: float = 2.0
-    matching_weight: float = 0.3
+    weights: Weights = PUBLISHED
     checkpoint_minutes: float = 5.0
     workers: int = 1  # processes that render
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sequences of one size."""
-
-    pixels: Tensor  # [B, S, 3, H, W]
-    truth: Truth
 
 
 class Scenes(IterableDataset[Batch]):
@@ -116,43 +106,6 @@ def _batch(pool: deque[synthetic.Sample], config: TrainConfig, random: torch.Gen
     return Batch(pixels, losses.normalize(Truth(*rest))[0])
 
 
-class Teacher(nn.Module):
-    """What only training needs: heads for points and matches on the last layer's patches."""
-
-    def __init__(self, config: MiniConfig) -> None:
-        super().__init__()
-        self.points = nn.Linear(2 * config.embed_dim, 3)
-        self.features = nn.Linear(2 * config.embed_dim, 64)
-
-
-def objective(
-    network: Mini, teacher: Teacher, batch: Batch, config: TrainConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch and its terms: camera, depth, points and matches of patches."""
-    B, S, _, H, W = batch.pixels.shape
-    patch = network.config.patch_size
-    # The short sequences of training go through the plain kernel faster than through the fused.
-    with torch.autocast(batch.pixels.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        cached = network.aggregate(batch.pixels)
-    outputs = network.read(cached, (H, W), B * S)
-    patches = cached[network.config.cached_layers[-1]][:, :, 1 + network.config.registers :]
-    with full_precision(patches):
-        camera = losses.camera_parts(outputs.pose_passes[-1], batch.truth)
-        depth = losses.depth_parts(outputs.depth, outputs.confidence, batch.truth)
-        true, valid = losses.patch_points(batch.truth, patch)
-        points = teacher.points(patches).unflatten(2, true.shape[2:4])
-        point = (points - true).abs().clamp(max=10)[valid].mean()
-        matching, found = losses.matching_loss(teacher.features(patches), batch.truth, patch)
-    total = (
-        5 * losses.camera_sum(camera)
-        + 5 * torch.stack(list(depth.values())).sum()
-        + config.point_weight * point
-        + config.matching_weight * matching
-    )
-    terms = {"loss": total, **camera, **depth, "point": point, "matching": matching, "found": found}
-    return total, {name: value.detach() for name, value in terms.items()}
-
-
 def train(config: TrainConfig, device: torch.device) -> Path:
     """Train mini and return the run folder; an existing one is continued.
 
@@ -198,7 +151,7 @@ def train(config: TrainConfig, device: torch.device) -> Path:
             break
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, time.monotonic() - started, config)
-        loss, terms = objective(network, teacher, batch, config)
+        loss, terms = objective(network, teacher, batch, config.weights)
         optimizer.zero_grad()
         loss.backward()
         for part in (network.aggregator, network.camera_head, network.dense_head, teacher):
