@@ -76,6 +76,14 @@ def test_golden_gradient_terms(shared: Path, step: int, x: int, y: int) -> None:
     assert float(found) == pytest.approx(expected, abs=1e-9)
 
 
+def test_offsets_are_drawn_within_the_step() -> None:
+    drawn = torch.tensor(
+        [losses.random_offsets(torch.Generator().manual_seed(seed)) for seed in range(200)]
+    )  # [200, 4 steps, 2]
+    assert torch.equal(drawn.amin((0, 2)), torch.zeros(4, dtype=torch.long))
+    assert drawn.amax((0, 2)).tolist() == [0, 1, 3, 7]
+
+
 def test_golden_normal_term_and_depth_edges(shared: Path) -> None:
     tensors, values = golden(shared)
     truth = normalized(tensors)

@@ -109,7 +109,7 @@ def test_golden_values_and_gradients(golden: tuple[dict[str, Tensor], dict[str, 
     assert set(found) == set(values)
     for name, value in found.items():
         assert float(value.detach()) == pytest.approx(values[name], abs=1e-9), name
-    found["objective"].backward()  # type: ignore[no-untyped-call]
+    found["objective"].backward()
     for name, leaf in leaves.items():
         assert leaf.grad is not None
         got = leaf.grad[:, 1:2] if name == "world_points" else leaf.grad
@@ -160,9 +160,9 @@ def test_golden_tracks(golden: tuple[dict[str, Tensor], dict[str, Any]]) -> None
     visibility, confidence = (x.sigmoid() for x in logits)
     labels = Labels(tensors["track.gt"], tensors["track.gt_visible"])
     parts = losses_vggt.track_parts(torch.stack(passes), visibility, confidence, labels)
-    for name, of in (("track", "track"), ("visibility", "vis"), ("sureness", "conf")):
+    for name, of in (("place", "track"), ("visibility", "vis"), ("sureness", "conf")):
         assert float(parts[name].detach()) == pytest.approx(values[f"{of}_loss"], abs=1e-9)
-    torch.stack(list(parts.values())).sum().backward()  # type: ignore[no-untyped-call]
+    torch.stack(list(parts.values())).sum().backward()
     names = [*"0123", "vis_logit", "conf_logit"]
     for name, leaf in zip(names, [*passes, *logits], strict=True):
         torch.testing.assert_close(leaf.grad, tensors[f"track.grad.{name}"], atol=1e-10, rtol=0)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from vggt_cli.geometry import compose, decode_pose, encode_pose, invert, project, unproject
@@ -151,13 +151,19 @@ def gradient_loss(
 ) -> Tensor:
     """Mean difference of neighbouring depth errors at steps 1, 2, 4, 8, the coarser weighted less.
 
-    offsets: the pixel (x, y) where subsampling starts at each step; the source draws them.
+    offsets: the pixel (x, y) where subsampling starts at each step; training draws them.
     """
     total = depth.new_zeros(())
     for k, offset in enumerate(offsets):
         enough = max(fewest // 2, 64) if k else fewest
         total = total + gradient_at(depth, truth, 2**k, offset, enough) / 2**k
     return total / (sum(2.0**-k for k in range(len(offsets))) + 1e-6)
+
+
+def random_offsets(random: Generator) -> list[tuple[int, int]]:
+    """A pixel (x, y) of the first cell of each step of the gradient term."""
+    drawn = [torch.randint(2**k, (2,), generator=random).tolist() for k in range(len(START))]
+    return [(x, y) for x, y in drawn]
 
 
 def gradient_at(

@@ -216,7 +216,7 @@ def track_parts(
     """
     followed = labels.seen[:, :1].expand_as(labels.seen)
     if not followed.any():
-        return {name: xy.new_zeros(()) for name in ("track", "visibility", "sureness")}
+        return {name: xy.new_zeros(()) for name in ("place", "visibility", "sureness")}
     near = (xy[-1].detach() - labels.xy).norm(dim=-1) < 3
     seen = labels.seen & followed
     off = (xy - labels.xy).abs()[:, seen] if int(seen.sum()) > 2 else torch.zeros_like(xy)
@@ -224,4 +224,4 @@ def track_parts(
         F.binary_cross_entropy(p[followed], target[followed].to(p))
         for p, target in ((visibility, labels.seen), (confidence, near))
     )
-    return {"track": _over_passes(off, decay), "visibility": visible, "sureness": sure}
+    return {"place": _over_passes(off, decay), "visibility": visible, "sureness": sure}
