@@ -82,8 +82,8 @@ def _outlines(world: World, cameras: Cameras, size: tuple[int, int]) -> Tensor:
     x, y = (torch.arange(n).to(at) + 0.5 for n in (W, H))
     columns = (x >= low[..., :1]) & (x <= high[..., :1])  # [S, P, W]
     rows = (y >= low[..., 1:]) & (y <= high[..., 1:])
-    both: Tensor = rows[..., None] & columns[:, :, None]
-    return both.transpose(0, 1).flatten(1)
+    both: Tensor = (rows[..., None] & columns[:, :, None]).transpose(0, 1).flatten(1)
+    return both
 
 
 def _color(world: World, hit: Hit, origin: Tensor, direction: Tensor, focal: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def _color(world: World, hit: Hit, origin: Tensor, direction: Tensor, focal: Ten
     to_light = unit(world.light[:, None] - point)
     lit = (hit.normal * to_light).sum(0).clamp(min=0)
     shade = world.ambient + (1 - world.ambient) * lit
-    color = surface * shade
+    color: Tensor = surface * shade
     if not world.roofless:
         return color
     horizon, zenith = world.sky[..., None]
