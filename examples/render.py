@@ -1,6 +1,6 @@
 """Photos with known cameras: a rendered scene as JPEG files and cameras.json.
 
-python examples/render.py FOLDER [SEED]     (examples/rendered was made with seed 127)
+python examples/render.py FOLDER [SEED]     (examples/rendered was made with seed 129)
 """
 
 import json
@@ -33,4 +33,4 @@ def render(folder: Path, seed: int, size: tuple[int, int] = (240, 320)) -> None:
 
 
 if __name__ == "__main__":
-    render(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 127)
+    render(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 129)

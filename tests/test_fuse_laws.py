@@ -53,7 +53,7 @@ def test_observations_are_seen_and_what_is_seen_is_observed(seed: int) -> None:
     true = (observed & seen).sum() / observed.sum()
     complete = (observed & seen).sum() / seen.sum()
     print(f"seed {seed}: {len(cloud)} points, {true:.4f} true, {complete:.4f} complete")
-    assert true >= 0.99
+    assert true >= 0.98
     assert complete >= 0.90
 
 

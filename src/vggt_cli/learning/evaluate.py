@@ -21,7 +21,7 @@ from vggt_cli.scene import Cameras, ImageSet, Prediction
 Row = dict[str, float | str]
 Predict = Callable[[ImageSet], Prediction]
 
-MEAN_FIELD_OF_VIEW = math.radians(62.5)  # of the longer side in training
+MEAN_FIELD_OF_VIEW = math.radians(65)  # of the longer side in training
 
 
 def evaluate(network: Network, listed: Mapping[str, Any] | None = None) -> list[Row]:
