@@ -39,7 +39,12 @@ BESIDE = {
         "checkpoint": {"layers", "networks"},
         "weights": {"catalog", "store", "checkpoint", "networks"},
     },
-    "formats": {"images": set(), "colmap": set(), "export": {"colmap", "images"}},
+    "formats": {
+        "images": set(),
+        "colmap": set(),
+        "colmap_read": {"colmap"},
+        "export": {"colmap", "images"},
+    },
     "reconstruction": {"predict": set(), "fuse": set(), "pipeline": {"predict", "fuse"}},
     "learning": {
         "synthetic": {"datasets"},
