@@ -287,7 +287,7 @@ def test_depth_maps_of_colmap_and_numpy_are_the_same_map(tmp_path: Path) -> None
     holes[1, 1] = np.nan
     np.save(tmp_path / "holes.npy", holes)
     for name in ("a.geometric.bin", "a.npy", "holes.npy"):
-        found = colmap_read.read_depth(tmp_path / name)
+        found = colmap_read.read_map(tmp_path / name)
         assert_array_equal(found, depth, name)
         assert found.dtype == torch.float32
 
@@ -305,6 +305,6 @@ def test_depth_maps_of_colmap_and_numpy_are_the_same_map(tmp_path: Path) -> None
 def test_a_file_that_is_no_depth_map_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=name):
-        colmap_read.read_depth(tmp_path / name)
+        colmap_read.read_map(tmp_path / name)
     with pytest.raises(InputError, match=r"gone\.npy"):
-        colmap_read.read_depth(tmp_path / "gone.npy")
+        colmap_read.read_map(tmp_path / "gone.npy")

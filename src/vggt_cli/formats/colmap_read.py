@@ -235,23 +235,25 @@ def _points_text(path: Path) -> _Points:
         return _as_points([[int(n), *map(float, row[:6])] for n, *row in filter(None, rows)])
 
 
-def read_depth(path: Path) -> Tensor:
-    """The z-depth map [h, w] float32 of COLMAP (.bin) or NumPy (.npy) in `path`; 0: unknown.
+def read_map(path: Path) -> Tensor:
+    """The map [h, w] float32 of z-depth or confidence in `path`, .bin or .npy; 0: unknown.
 
-    COLMAP's has a header in words, width&height&channels&, then float32 values, rows from the top.
+    COLMAP's .bin has a header, width&height&channels& in digits, then float32 values row by row.
     Raises InputError if the file is no such map.
     """
     try:
         if path.suffix == ".npy":
-            depth = np.load(path, allow_pickle=False)
+            found = np.load(path, allow_pickle=False)
         else:
             data = path.read_bytes()
             header = re.match(rb"(\d+)&(\d+)&1&", data)
             w, h = (int(n) for n in header.groups()) if header else (0, 0)
-            depth = np.frombuffer(data, "<f4", offset=header.end() if header else 0).reshape(h, w)
+            found = np.frombuffer(data, "<f4", offset=header.end() if header else 0).reshape(h, w)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"not a depth map: {path} ({error})") from error
-    if depth.ndim != 2 or depth.dtype.kind != "f" or not depth.size:
-        raise InputError(f"not a depth map: {path} ({depth.dtype} of shape {depth.shape})")
-    known = np.isfinite(depth) & (depth > 0)
-    return torch.from_numpy(np.where(known, depth, 0).astype(np.float32))
+        raise InputError(f"not a map of one number a pixel: {path} ({error})") from error
+    if found.ndim != 2 or found.dtype.kind != "f" or not found.size:
+        raise InputError(
+            f"not a map of one number a pixel: {path} ({found.dtype} of shape {found.shape})"
+        )
+    known = np.isfinite(found) & (found > 0)
+    return torch.from_numpy(np.where(known, found, 0).astype(np.float32))
