@@ -51,9 +51,10 @@ BESIDE = {
         "datasets": {"synthetic"},
         "losses": set(),
         "metrics": set(),
+        "sift": set(),
         "objectives": {"losses"},
         "train": {"synthetic", "datasets", "losses", "objectives", "metrics", "evaluate"},
-        "evaluate": {"synthetic", "datasets", "losses", "metrics"},
+        "evaluate": {"synthetic", "datasets", "losses", "metrics", "sift"},
     },
 }
 MODULES = sorted(p.relative_to(SRC).with_suffix("").as_posix() for p in SRC.rglob("*.py"))
