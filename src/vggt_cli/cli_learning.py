@@ -67,12 +67,13 @@ def evaluate(
     speak(quiet, 0)
     from vggt_cli.device import choose, compute_dtype
     from vggt_cli.learning import evaluate as learning
+    from vggt_cli.learning.datasets import open_scene
     from vggt_cli.models import weights
 
-    where = choose(device)
+    where, opened = choose(device), [open_scene(folder) for folder in scenes or ()]
     network, used = weights.load(model, where, compute_dtype(where))
-    if scenes:
-        rows = learning.evaluate_photos(network, used.shaping, scenes, sift)
+    if opened:
+        rows = learning.evaluate_photos(network, used.shaping, opened, sift)
     else:
         rows = learning.evaluate(network, with_sift=sift)
     if as_json:

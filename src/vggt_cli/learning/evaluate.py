@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -19,7 +18,7 @@ from vggt_cli.formats import images as photos
 from vggt_cli.formats.colmap import Lens
 from vggt_cli.geometry import resize
 from vggt_cli.learning import metrics, sift, synthetic
-from vggt_cli.learning.datasets import PhotoScene, open_scene
+from vggt_cli.learning.datasets import PhotoScene
 from vggt_cli.learning.sift import View
 from vggt_cli.models import store
 from vggt_cli.models.networks import Network
@@ -69,14 +68,13 @@ def evaluate(
 
 
 def evaluate_photos(
-    network: Network, shaping: Shaping, folders: Sequence[Path], with_sift: bool = False
+    network: Network, shaping: Shaping, scenes: Sequence[PhotoScene], with_sift: bool = False
 ) -> list[Row]:
-    """Rows of figures on all photos of each scene together, in the order of the folders.
+    """Rows of figures on all photos of each scene together.
 
-    shaping: that of the network's weights. Raises InputError as `open_scene` does, and for photos
+    shaping: that of the network's weights. Raises InputError for a single photo, and for photos
     that cannot be read or are not of their camera's size.
     """
-    scenes = [open_scene(folder) for folder in folders]
     for scene in scenes:
         if len(scene) < 2:
             raise InputError(f"a single photo has no relative pose: {scene.folder}")
