@@ -1,10 +1,13 @@
 """`vggt train` and `vggt evaluate`, for real and short."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_evaluate import photos
 from typer.testing import CliRunner
 
 from vggt_cli.cli import app
@@ -32,8 +35,11 @@ def test_training_goes_on_from_weights_and_writes_some_that_load(trained: Path) 
     assert 0 < sum(moved) < len(moved)  # the local features stay
 
 
+ONCE = ("--no-sift", "-q")
+
+
 def test_evaluation_compares_with_a_constant_prediction(trained: Path) -> None:
-    done = CliRunner().invoke(app, ["evaluate", "--model", str(trained), "--json", "-q"])
+    done = CliRunner().invoke(app, ["evaluate", "--model", str(trained), *ONCE, "--json"])
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)
     assert [(row["prediction"], row["frames"]) for row in rows] == [
@@ -46,3 +52,29 @@ def test_evaluation_compares_with_a_constant_prediction(trained: Path) -> None:
         for figure in ("rotation", "direction", "AbsRel", "field of view"):
             assert network[figure] < constant[figure], figure
         assert network["AUC@30"] > constant["AUC@30"]
+
+
+def test_photos_are_evaluated_as_a_table_and_as_json(trained: Path, tmp_path: Path) -> None:
+    photos(tmp_path / "room")
+    arguments = ["evaluate", str(tmp_path / "room"), "--model", str(trained), "-q"]
+    rows = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert [row["prediction"] for row in rows] == ["network", "constant", "SIFT"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    lines = [line.split() for line in done.stdout.splitlines()]
+    head = next(words for words in lines if words[:1] == ["scene"])
+    assert head[1:6] == ["frames", "prediction", "AUC@5", "AUC@15", "AUC@30"]
+    printed = [words for words in lines if words[:1] == ["room"]]
+    assert [words[1:3] for words in printed] == [["3", row["prediction"]] for row in rows]
+    assert printed[0][6] == f"{rows[0]['rotation']:.2f}"
+    assert "true intrinsics" in done.stdout
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vggt_cli", "evaluate", str(tmp_path), "-q"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert f"no COLMAP model in reference, sparse/0, sparse: {tmp_path}" in done.stderr

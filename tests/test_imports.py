@@ -39,7 +39,12 @@ BESIDE = {
         "checkpoint": {"layers", "networks"},
         "weights": {"catalog", "store", "checkpoint", "networks"},
     },
-    "formats": {"images": set(), "colmap": set(), "export": {"colmap", "images"}},
+    "formats": {
+        "images": set(),
+        "colmap": set(),
+        "colmap_read": {"colmap"},
+        "export": {"colmap", "images"},
+    },
     "reconstruction": {"predict": set(), "fuse": set(), "pipeline": {"predict", "fuse"}},
     "learning": {
         "textures": set(),
@@ -54,9 +59,10 @@ BESIDE = {
         "labels": {"losses"},
         "losses_vggt": {"losses", "labels"},
         "metrics": set(),
+        "sift": set(),
         "objectives": {"losses", "losses_vggt", "labels"},
         "train": {"synthetic", "datasets", "losses", "objectives", "metrics", "evaluate"},
-        "evaluate": {"synthetic", "datasets", "losses", "metrics"},
+        "evaluate": {"synthetic", "datasets", "losses", "metrics", "sift"},
     },
 }
 MODULES = sorted(p.relative_to(SRC).with_suffix("").as_posix() for p in SRC.rglob("*.py"))

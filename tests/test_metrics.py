@@ -32,6 +32,15 @@ def test_opposite_directions_count_as_equal_and_still_pairs_have_none() -> None:
     assert metrics.relative_pose_errors(predicted[:2], same_place)[1].tolist() == [0]
 
 
+def test_a_pair_without_a_solution_is_as_wrong_as_can_be() -> None:
+    true = metrics.relative_poses(torch.stack([turned(0), turned(10, x=1), turned(0, x=2)]))
+    found = true.clone()
+    found[1] = torch.nan
+    rotation, direction = metrics.pair_errors(found, true)
+    assert rotation.tolist() == pytest.approx([0, 180, 0], abs=1e-4)
+    assert direction.tolist() == pytest.approx([0, 90, 0], abs=1e-4)
+
+
 def test_relative_errors_do_not_change_with_the_world() -> None:
     from vggt_cli.geometry import compose
 

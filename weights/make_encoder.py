@@ -32,7 +32,10 @@ def folded(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.half().contiguous() for name, value in result.items()}
 
 
-KEPT = {f"block{i}": f"block{i}" for i in range(1, 6)} | {"skip1": "skip1", "block_fusion": "fusion"}
+KEPT = {f"block{i}": f"block{i}" for i in range(1, 6)} | {
+    "skip1": "skip1",
+    "block_fusion": "fusion",
+}
 
 if __name__ == "__main__":
     published = torch.load(sys.argv[1], map_location="cpu", weights_only=True)

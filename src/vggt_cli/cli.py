@@ -47,6 +47,7 @@ class Format(enum.StrEnum):
     """What is written beside the binary COLMAP model."""
 
     colmap_txt = "colmap-txt"
+    depth = "depth"
 
 
 def _show_version(wanted: bool) -> None:

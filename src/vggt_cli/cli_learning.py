@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -45,23 +46,75 @@ def train(
 
 
 def evaluate(
+    scenes: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[SCENE]...",
+            help="Folders with images/ and a COLMAP model of them in reference/, sparse/0/ or "
+            "sparse/; none: the held-out rendered scenes.",
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help="Name or file of weights.")] = "mini",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    sift: Annotated[bool, typer.Option(help="Two-view SIFT, given the true intrinsics.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
 ) -> None:
-    """Errors of a network on the held-out rendered scenes, beside a constant prediction."""
+    """Errors of a network against known cameras, beside a constant prediction and SIFT.
+
+    All photos of a scene are predicted together.
+    """
     speak(quiet, 0)
     from vggt_cli.device import choose, compute_dtype
-    from vggt_cli.learning.evaluate import evaluate as measure
+    from vggt_cli.learning import evaluate as learning
+    from vggt_cli.learning.datasets import open_scene
     from vggt_cli.models import weights
 
-    where = choose(device)
-    network, _ = weights.load(model, where, compute_dtype(where))
-    rows = measure(network)
+    where, opened = choose(device), [open_scene(folder) for folder in scenes or ()]
+    network, used = weights.load(model, where, compute_dtype(where))
+    if opened:
+        rows = learning.evaluate_photos(network, used.shaping, opened, sift)
+    else:
+        rows = learning.evaluate(network, with_sift=sift)
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
-        return
-    for row in rows:
-        cells = (f"{k} {v:.3g}" if isinstance(v, float) else f"{v}" for k, v in row.items())
-        typer.echo("  ".join(cells))
+    else:
+        _print_table(rows)
+
+
+DECIMALS = {
+    "scene": 0,
+    "frames": 0,
+    "prediction": 0,
+    **{f"AUC@{k}": 1 for k in (5, 15, 30)},
+    "rotation": 2,
+    "direction": 2,
+    "field of view": 2,
+    "AbsRel": 3,
+    "delta<1.25": 3,
+}
+NOTE = """AUC: percent. rotation, direction: degrees, medians of pairs. field of view: degrees.
+AbsRel, delta: depth after aligning the medians of a set.
+constant: one camera, one depth. SIFT: two views at a time, at most 1024 pixels, true intrinsics
+given; a pair without a solution counts as 180 and 90 degrees."""
+
+
+def _print_table(rows: Sequence[Mapping[str, float | str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in DECIMALS:
+        words = name in ("scene", "prediction")
+        table.add_column(name, justify="left" if words else "right", no_wrap=True)
+    for i, row in enumerate(rows):
+        cells = [
+            f"{row[name]:.{places}f}" if isinstance(row.get(name), (int, float)) else row.get(name)
+            for name, places in DECIMALS.items()
+        ]
+        last = rows[i + 1 : i + 2] and rows[i + 1]["prediction"] == "network"
+        table.add_row(*(str(cell or "") for cell in cells), end_section=bool(last))
+    console = Console(width=160, highlight=False)  # a pipe has none; cells are never cut
+    console.print(table)
+    console.print(NOTE)

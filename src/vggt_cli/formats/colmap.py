@@ -1,7 +1,7 @@
 """The COLMAP sparse model: cameras, images and points3D, binary or text.
 
 Written with NumPy alone, in the layout that every COLMAP since 3.0 and every fixed-table reader
-knows (no rigs, no frames, PINHOLE only). The one door to pycolmap.
+knows (no rigs, no frames, PINHOLE only); `colmap_read` reads it. The one door to pycolmap.
 """
 
 from __future__ import annotations
@@ -23,6 +23,16 @@ Array = npt.NDArray[Any]
 PINHOLE = 1  # COLMAP's number of the camera model
 
 
+@dataclass(frozen=True)
+class Lens:
+    """A camera of any of COLMAP's models, in pixels of images of `size`."""
+
+    model: str  # COLMAP's name
+    size: tuple[int, int]  # (height, width)
+    parameters: tuple[float, ...]  # in COLMAP's order: focal lengths, principal point, distortion
+    distorted: bool = False  # any coefficient of distortion is not 0
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """What the three files hold; ids count from 1 in the order of the arrays."""
@@ -32,9 +42,11 @@ class Model:
     camera_of_image: tuple[int, ...]  # [S] frames with equal numbers share intrinsics
     tracks: Tracks
     rgb: Array  # [N, 3] uint8
+    lenses: tuple[Lens, ...] = ()  # [S] of a model that was read; `cameras` lack their distortion
 
     def intrinsics_of_cameras(self) -> list[tuple[int, int, int, Array]]:
         """(id, width, height, [fx, fy, cx, cy]) of each camera."""
+        assert not any(lens.distorted for lens in self.lenses), "distortion would be lost"
         first = {n: i for i, n in reversed(list(enumerate(self.camera_of_image)))}
         rows = []
         for number, i in sorted(first.items()):

@@ -192,6 +192,16 @@ def _write_confidence(scene: Scene, files: Sequence[str], folder: Path) -> None:
         Image.fromarray(pixels).save(folder / f"{file}.png")
 
 
+def _write_depth(scene: Scene, model: colmap.Model, folder: Path) -> None:
+    """Per frame depth/NAME.npy: z-depth in scene units, float16, in the pixels of confidence/."""
+    (folder / "depth").mkdir()
+    for frame, file in enumerate(model.names):
+        rows, columns = frame_of(scene.images, frame)
+        depth = scene.prediction.depth[frame, rows, columns]
+        largest = torch.finfo(torch.float16).max
+        np.save(folder / "depth" / f"{file}.npy", depth.clamp(max=largest).half().numpy())
+
+
 def _write_tokens(scene: Scene, model: colmap.Model, folder: Path) -> None:
     """tokens.npz: names [S], tokens [S, 1+R, 2D] float32 (camera first), text [2D] if there."""
     prediction = scene.prediction
@@ -209,6 +219,7 @@ def _write_colmap_text(scene: Scene, model: colmap.Model, folder: Path) -> None:
 
 WRITERS: dict[str, Callable[[Scene, colmap.Model, Path], None]] = {
     "colmap-txt": _write_colmap_text,
+    "depth": _write_depth,
     "tokens": _write_tokens,
 }
 

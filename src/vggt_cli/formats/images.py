@@ -34,6 +34,7 @@ OTHER_KINDS = (".arw", ".avif", ".cr2", ".cr3", ".dng", ".gif", ".heic", ".heif"
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as this many of its pixels are left
 # for each pixel of the network: the result then differs by less than a grey level on average.
 DRAFT_OVERSAMPLING = 2
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +176,27 @@ def _read(root: Path, path: Path, shaping: Shaping) -> tuple[Photo, Tensor] | st
     return photo, torch.from_numpy(resized(upright, size))
 
 
+def window(
+    path: Path, source_size: tuple[int, int], box: Box, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Pixels [3, h, w] float32 in [0, 1] and opaque [h, w] of a part of a photo, at `size`.
+
+    box: left, top, right, bottom in pixels of the upright photo, which has `source_size`; not
+    necessarily whole ones. Raises InputError if the file cannot be read or has another size.
+    """
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(_eight_bit(image))
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
+    if upright.size != source_size[::-1]:
+        found, wanted = _words(upright.size[::-1]), _words(source_size)
+        raise InputError(f"the photo is {found}, its camera {wanted}: {path}")
+    rgba = torch.from_numpy(resized(upright, size, box))
+    return rgba[:3].float() / 255, rgba[3] >= 128
+
+
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) once EXIF rotation is applied; Pillow's TIFF size has it applied."""
     on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
@@ -202,19 +224,21 @@ def _camera(exif: Image.Exif) -> tuple[str, str]:
 
 
 def resized(
-    image: Image.Image, size: tuple[int, int]
+    image: Image.Image, size: tuple[int, int], box: Box | None = None
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """[4, h, w] uint8: RGB over white and alpha, by Pillow's bicubic filter on 8-bit values.
 
+    box: left, top, right, bottom of the part of the image that is seen; None: all.
     Source: spec vggt section 11, vggt_omega section 12.
     """
     if image.mode == "RGBA":
         over = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        alpha = image.getchannel("A")
+        alpha, part = image.getchannel("A"), box
     else:
-        over, alpha = image, Image.new("L", (1, 1), 255)
-    rgb = over.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    opaque = alpha.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        over, alpha, part = image, Image.new("L", (1, 1), 255), None
+    bicubic = Image.Resampling.BICUBIC
+    rgb = over.resize((size[1], size[0]), bicubic, box)
+    opaque = alpha.resize((size[1], size[0]), bicubic, part)
     return np.concatenate([np.asarray(rgb), np.asarray(opaque)[..., None]], -1).transpose(2, 0, 1)
 
 

@@ -8,24 +8,36 @@ from torch import Tensor
 from vggt_cli.geometry import compose, invert
 
 
+def relative_poses(extrinsics: Tensor) -> Tensor:
+    """Second camera from first [P, 3, 4], float64, of all pairs i < j of extrinsics [S, 3, 4]."""
+    i, j = torch.triu_indices(len(extrinsics), len(extrinsics), 1)
+    double = extrinsics.double()
+    return compose(double[j], invert(double[i]))
+
+
 def relative_pose_errors(extrinsics: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotation and translation-direction errors in degrees of all pairs i < j of [S, 3, 4].
+    """Rotation and translation-direction errors in degrees of all pairs i < j of [S, 3, 4]."""
+    return pair_errors(relative_poses(extrinsics), relative_poses(true))
+
+
+def pair_errors(pairs: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotation and translation-direction errors in degrees of relative poses [P, 3, 4], float64.
 
     Directions are folded: an opposite one counts as equal, at most 90 degrees. A pair whose true
-    centres coincide has no direction, its error is 0; with predicted ones it is 90.
+    centres coincide has no direction, its error is 0; with predicted ones it is 90. A pair that
+    was not solved (NaN) counts as wrong as can be: 180 and 90.
     Source: spec vggt section 13, vggt_omega section 15.
     """
-    i, j = torch.triu_indices(len(true), len(true), 1)
-    a, b = (compose(e.double()[j], invert(e.double()[i])) for e in (extrinsics, true))
-    turn = a[..., :3] @ b[..., :3].mT
+    turn = pairs[..., :3] @ true[..., :3].mT
     cosine = (torch.diagonal(turn, dim1=-2, dim2=-1).sum(-1) - 1) / 2
     sine = (turn - turn.mT).norm(dim=(-2, -1)) / 8**0.5
-    t, t_true = a[..., 3], b[..., 3]
+    t, t_true = pairs[..., 3], true[..., 3]
     across, along = torch.linalg.cross(t, t_true).norm(dim=-1), (t * t_true).sum(-1).abs()
     direction = torch.atan2(across, along)  # acos would lose the small angles
     direction = torch.where(t.norm(dim=-1) < 1e-9, torch.pi / 2, direction)
     direction = torch.where(t_true.norm(dim=-1) < 1e-9, 0.0, direction)
-    return torch.rad2deg(torch.atan2(sine, cosine)), torch.rad2deg(direction)
+    rotation, direction = torch.rad2deg(torch.atan2(sine, cosine)), torch.rad2deg(direction)
+    return rotation.nan_to_num(180.0), direction.nan_to_num(90.0)
 
 
 def auc(rotation: Tensor, direction: Tensor, degrees: int) -> float:
