@@ -47,7 +47,10 @@ BESIDE = {
         "losses": set(),
         "metrics": set(),
         "objectives": {"losses"},
-        "train": {"synthetic", "datasets", "losses", "objectives", "metrics", "evaluate"},
+        "stream": {"synthetic", "datasets", "losses", "objectives"},
+        "journal": {"synthetic", "evaluate"},
+        "resume": set(),
+        "train": {"stream", "journal", "resume", "losses", "objectives"},
         "evaluate": {"synthetic", "datasets", "losses", "metrics"},
     },
 }
