@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vggt_cli.errors import InputError
+from vggt_cli.errors import InputError, MemoryExceeded
 from vggt_cli.terminal import Progress, speak
 
 if TYPE_CHECKING:
@@ -88,8 +88,9 @@ def train(
     torchrun --nproc-per-node 4 -m vggt_cli train ...
     """
     speak(quiet, 0)
-    from vggt_cli.device import choose
+    from vggt_cli.device import choose, is_out_of_memory
     from vggt_cli.learning import train as learning
+    from vggt_cli.learning.stream import Data
 
     where = choose(device)
     if smoke:
@@ -97,7 +98,7 @@ def train(
         return
     if out is None:
         raise InputError("no run folder", hint="give --out RUN")
-    data = learning.Data(
+    data = Data(
         scenes=tuple(scenes or ()),
         frames=tuple(range(frames[0], frames[1] + 1)),
         batch_frames=batch_frames,
@@ -116,8 +117,16 @@ def train(
         checkpointing=checkpointing,
         workers=workers,
     )
-    with Progress(quiet) as progress:
-        file = learning.train(config, where, progress)
+    try:
+        with Progress(quiet) as progress:
+            file = learning.train(config, where, progress)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryExceeded(
+            "out of memory in training",
+            hint="--checkpointing, fewer --batch-frames, smaller --pixels or --freeze need less",
+        ) from error
     if file:
         typer.echo(file)
 
@@ -127,7 +136,7 @@ def _smoke(device: torch.device, quiet: bool) -> None:
 
     with tempfile.TemporaryDirectory() as folder, Progress(quiet) as progress:
         first, last = learning.smoke(Path(folder), device, progress)
-    typer.echo(f"mean loss {first:.3f} of the first 20 steps, {last:.3f} of the last 20")
+    typer.echo(f"mean loss {first:.3f} of the first 15 steps, {last:.3f} of the last 15")
     if last >= first:
         typer.echo("error: the loss did not fall", err=True)
         raise typer.Exit(1)

@@ -89,10 +89,10 @@ def picture(network: Network, sample: Sample) -> Tensor:
 
 def _cut(table: Path, step: int) -> None:
     """Leaves out the rows after `step`: those of work that was lost."""
-    header, *rows = csv.reader(io.StringIO(table.read_text(encoding="utf-8")))
-    kept = [row for row in rows if int(row[0]) <= step]
+    rows = list(csv.reader(io.StringIO(table.read_text(encoding="utf-8"))))
+    kept = rows[:1] + [row for row in rows[1:] if int(row[0]) <= step]
     with table.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *kept])
+        csv.writer(file).writerows(kept)
 
 
 def _curves(folder: Path, step: int) -> SummaryWriter | None:

@@ -139,7 +139,7 @@ def train(config: TrainConfig, device: torch.device, progress: Progress = silent
                 follow(average, network, step)
             step += 1
             for term, value in terms.items():
-                sums[term] = value.double() + sums.get(term, 0.0)
+                sums[term] = value.float() + sums.get(term, 0.0)
             now = time.monotonic()
             spent = (now - began) / 60
             stop = anywhere(bool(signals) or spent > config.max_minutes, here)
@@ -162,11 +162,11 @@ def train(config: TrainConfig, device: torch.device, progress: Progress = silent
                 break
         if journal:
             journal.close()
-        if stop:
+        if step < config.steps:
             log.info("stopped after step %d of %d; the same command goes on", step, config.steps)
         if rank != 0 or signals:
             return None
-        return _export(average, name, config.out / f"{name}.safetensors")
+        return export(average, name, config.out / f"{name}.safetensors")
 
 
 @contextlib.contextmanager
@@ -298,7 +298,7 @@ def _tell(config: TrainConfig, step: int, means: Mapping[str, float], pace: floa
     log.info("step %d of %d, %.0f min left: %s", step, config.steps, left, words)
 
 
-def _export(network: Network, name: str, path: Path) -> Path:
+def export(network: Network, name: str, path: Path) -> Path:
     """The file `path` with the weights of `network`, its numbers, and the weights' name.
 
     mini's are float16, others stay float32, as they were published.
@@ -316,7 +316,7 @@ def _export(network: Network, name: str, path: Path) -> Path:
 def smoke(folder: Path, device: torch.device, progress: Progress = silent) -> tuple[float, float]:
     """Mean loss of the first and of the last steps of a short training on eight small scenes."""
     data = Data(frames=(2,), batch_frames=8, pixels=64, aspects=(1.0,), rendered=8)
-    train(TrainConfig(folder, data=data, steps=80, log_steps=20, look_steps=80), device, progress)
+    train(TrainConfig(folder, data=data, steps=60, log_steps=15, look_steps=60), device, progress)
     with (folder / "metrics.csv").open(encoding="utf-8") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     return losses[0], losses[-1]
