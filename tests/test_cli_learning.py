@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,15 @@ from typer.testing import CliRunner
 from vggt_cli.cli import app
 from vggt_cli.models import weights
 
+SMALL = ("--frames", "2", "2", "--batch-frames", "2", "--pixels", "64", "--workers", "0")
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of a few seconds of training, from the bundled ones on."""
+    """Weights of a few steps of training, from the bundled ones on."""
     run = tmp_path_factory.mktemp("runs") / "mini"
-    start = weights.find("mini")
-    arguments = ["train", "--out", str(run), "--minutes", "0.1", "--pixels", "64", "-q"]
-    done = CliRunner().invoke(app, [*arguments, "--init", str(start), "--rate", "1e-5"])
+    arguments = ["train", "--out", str(run), "--init", "mini", "--steps", "4", *SMALL, "-q"]
+    done = CliRunner().invoke(app, [*arguments, "--rate", "1e-5"])
     assert done.exit_code == 0, done.output
     assert done.stdout == f"{run / 'mini.safetensors'}\n"
     return run / "mini.safetensors"
@@ -33,6 +35,42 @@ def test_training_goes_on_from_weights_and_writes_some_that_load(trained: Path) 
     before = dict(start.named_parameters())
     moved = [bool((p - before[name]).abs().max()) for name, p in network.named_parameters()]
     assert 0 < sum(moved) < len(moved)  # the local features stay
+
+
+def test_a_smoke_run_says_that_the_loss_falls() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vggt_cli", "train", "--smoke", "-q"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    assert float(words[2]) > float(words[8])
+
+
+def test_a_run_without_a_folder_is_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vggt_cli", "train", "--steps", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "give --out" in done.stderr
+
+
+def test_an_interrupted_command_saves_first(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vggt_cli", "train", "--out", str(tmp_path), *SMALL, "-q"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        while not (tmp_path / "config.json").exists() and running.poll() is None:
+            time.sleep(0.1)
+        running.terminate()
+        _, words = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert words == "interrupted\n"
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] >= 1
 
 
 ONCE = ("--no-sift", "-q")

@@ -17,7 +17,7 @@ from vggt_cli.learning import sift, synthetic
 from vggt_cli.learning.datasets import open_scene
 from vggt_cli.learning.evaluate import Row, evaluate, evaluate_photos
 from vggt_cli.learning.metrics import relative_pose_errors
-from vggt_cli.learning.train import FIRST_SEED
+from vggt_cli.learning.stream import FIRST_SEED
 from vggt_cli.models.layers import Outputs
 from vggt_cli.models.networks import Network
 from vggt_cli.scene import Shaping

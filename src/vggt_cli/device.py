@@ -1,10 +1,13 @@
 """Which device, which dtype, how much memory: the only file that names an accelerator."""
 
 import contextlib
+import os
 import resource
 import sys
+from collections.abc import Iterator
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vggt_cli.errors import InputError
 
@@ -58,6 +61,49 @@ def exact_convolutions() -> contextlib.AbstractContextManager[None]:
         enabled=True, deterministic=True, allow_tf32=False
     )
     return context
+
+
+def attention_kernels() -> contextlib.AbstractContextManager[None]:
+    """The context in which attention takes the kernels that it takes here and now, later too."""
+    allowed = {
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled(),
+    }
+    context: contextlib.AbstractContextManager[None] = sdpa_kernel(
+        [k for k in allowed if allowed[k]]
+    )
+    return context
+
+
+@contextlib.contextmanager
+def processes(device: torch.device) -> Iterator[tuple[torch.device, int, int]]:
+    """This process's device, its rank and how many processes torchrun started; else `device, 0, 1`.
+
+    Inside they may speak to each other. Of several CUDA devices each process takes its own.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield device, 0, 1
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device, int(os.environ["RANK"]), count
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def anywhere(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set in any of the processes; all of them have to ask."""
+    if not torch.distributed.is_initialized():
+        return flag
+    told = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+    return bool(told)
 
 
 def synchronize(device: torch.device) -> None:

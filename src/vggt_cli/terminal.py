@@ -13,7 +13,14 @@ class Progress:
 
     def __init__(self, quiet: bool) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         console = Console(stderr=True)
         self.bars = None
@@ -21,7 +28,8 @@ class Progress:
         self.tasks: dict[str, Any] = {}
         if console.is_terminal and not quiet:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
-            self.bars = Progress(*columns, TimeElapsedColumn(), console=console)
+            times = (TimeElapsedColumn(), TimeRemainingColumn())
+            self.bars = Progress(*columns, *times, console=console)
 
     def __enter__(self) -> Progress:
         if self.bars:
@@ -46,7 +54,7 @@ class Progress:
 
 def speak(quiet: bool, verbose: int) -> None:
     """Send the library's log to stderr: with -q errors, by default what matters, with -v all."""
-    handler = logging.StreamHandler()
+    handler = _Stderr()
     handler.setFormatter(_Words())
     logger = logging.getLogger("vggt_cli")
     logger.handlers = [handler]
@@ -59,6 +67,13 @@ class Verbosity:
     """Whether an error shows where it came from: -vv."""
 
     traceback = False
+
+
+class _Stderr(logging.Handler):
+    """Writes to what is stderr at that moment: above the bars, where there are some."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=True)
 
 
 class _Words(logging.Formatter):

@@ -17,7 +17,8 @@ from vggt_cli.formats import images
 from vggt_cli.formats.colmap import Model
 from vggt_cli.formats.colmap_read import UNDISTORT, read, read_map
 from vggt_cli.geometry import pixel_centers, resize
-from vggt_cli.learning.synthetic import Sample, uniform
+from vggt_cli.learning.places import uniform
+from vggt_cli.learning.synthetic import Sample
 from vggt_cli.scene import Cameras
 
 MODELS = ("reference", "sparse/0", "sparse")

@@ -32,6 +32,16 @@ class Batch:
     exact: Tensor | None = None  # [B] bool, depth true to its edges, as rendered; None: all
     offsets: Sequence[tuple[int, int]] = losses.START  # of VGGT-Omega's gradient term
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        return Batch(
+            self.pixels.to(device),
+            Truth(*(x.to(device) for x in self.truth)),
+            self.labels and Labels(*(x.to(device) for x in self.labels)),
+            None if self.exact is None else self.exact.to(device),
+            self.offsets,
+        )
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -47,6 +57,13 @@ class Weights:
 MINI_WEIGHTS = Weights(point=2.0, track=0.0)
 VGGT_WEIGHTS = Weights(camera=5.0, depth=1.0, point=1.0, track=0.05, matching=0.0)
 OMEGA_WEIGHTS = Weights()  # published, but for the matching term, whose form and weight are ours
+
+
+def weights_of(network: Network) -> Weights:
+    """The weights with which networks of this kind were trained."""
+    if isinstance(network, VGGT):
+        return VGGT_WEIGHTS
+    return OMEGA_WEIGHTS if isinstance(network, VGGTOmega) else MINI_WEIGHTS
 
 
 class Teacher(nn.Module):
@@ -85,7 +102,8 @@ def total(terms: Terms, weights: Weights) -> Tensor:
 
 def _vggt(network: VGGT, batch: Batch) -> tuple[Terms, Terms]:
     """VGGT's terms, of those heads that it has, and their parts."""
-    size, truth = (batch.pixels.shape[-2], batch.pixels.shape[-1]), batch.truth
+    size = (batch.pixels.shape[-2], batch.pixels.shape[-1])
+    truth, _ = losses_vggt.normalize(batch.truth)  # its own scale is a hair off VGGT-Omega's
     with torch.autocast(batch.pixels.device.type, torch.bfloat16):
         cached = network.aggregate(batch.pixels)
     outputs = network.read(cached, size)

@@ -185,7 +185,9 @@ def _recognise(path: Path, name: str | None) -> Entry:
     nearest = min(configs, key=lambda config: len(wrong[config]))
     if wrong[nearest]:
         raise _misfit(path, nearest, wrong[nearest])
-    return _only(path, [known for known in CATALOG if not wrong[known.config]])
+    fitting = [known for known in CATALOG if not wrong[known.config]]
+    written = [known for known in fitting if known.name == file.metadata.get("weights")]
+    return written[0] if written else _only(path, fitting)  # ours say what they were made of
 
 
 def _only(path: Path, fitting: list[Entry]) -> Entry:
