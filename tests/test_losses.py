@@ -8,9 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vggt_cli.geometry import decode_pose, encode_pose, unproject
+from vggt_cli.geometry import encode_pose, unproject
 from vggt_cli.learning import losses, synthetic
+from vggt_cli.learning.labels import Labels
 from vggt_cli.learning.losses import Truth
+from vggt_cli.learning.objectives import OMEGA_WEIGHTS, Batch, omega_terms, total
+from vggt_cli.models.layers import Outputs
 
 
 def golden(shared: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -73,6 +76,14 @@ def test_golden_gradient_terms(shared: Path, step: int, x: int, y: int) -> None:
     assert float(found) == pytest.approx(expected, abs=1e-9)
 
 
+def test_offsets_are_drawn_within_the_step() -> None:
+    drawn = torch.tensor(
+        [losses.random_offsets(torch.Generator().manual_seed(seed)) for seed in range(200)]
+    )  # [200, 4 steps, 2]
+    assert torch.equal(drawn.amin((0, 2)), torch.zeros(4, dtype=torch.long))
+    assert drawn.amax((0, 2)).tolist() == [0, 1, 3, 7]
+
+
 def test_golden_normal_term_and_depth_edges(shared: Path) -> None:
     tensors, values = golden(shared)
     truth = normalized(tensors)
@@ -82,36 +93,64 @@ def test_golden_normal_term_and_depth_edges(shared: Path) -> None:
     assert found * (1 + 1e-6) == pytest.approx(values["normal_loss"], abs=1e-9)
 
 
+def batch(tensors: dict[str, Tensor], exact: tuple[bool, bool]) -> Batch:
+    """The golden batch as the objective of VGGT-Omega takes it, without its images."""
+    labels = Labels(tensors["gt.tracks"], tensors["gt.track_vis_mask"] > 0)
+    offsets = [(0, 0), (1, 1), (0, 3), (1, 7)]
+    nothing = torch.empty(2, 3, 3, 0, 0)
+    return Batch(nothing, normalized(tensors), labels, torch.tensor(exact), offsets)
+
+
+def leaves(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    names = ("pose_enc", "depth", "depth_conf")
+    encoding, depth, confidence = (tensors[f"pred.{x}"].clone().requires_grad_() for x in names)
+    return encoding, depth, confidence
+
+
 @pytest.mark.parametrize("phase", ["warmup", "after_warmup"])
 def test_golden_gradients_of_the_whole_objective(shared: Path, phase: str) -> None:
     """All terms together; only the first sequence is synthetic and has exact depth edges."""
     tensors, _ = golden(shared)
-    truth = normalized(tensors)
-    depth, confidence, encoding = (
-        tensors[f"pred.{name}"].requires_grad_() for name in ("depth", "depth_conf", "pose_enc")
-    )
-    extrinsics, intrinsics = decode_pose(encoding, (56, 72))
-    true_lenses = phase == "warmup"
-    points = unproject(depth[..., 0], truth.intrinsics if true_lenses else intrinsics, extrinsics)
-    synthetic_one = Truth(*(x[:1] for x in truth))
-    first = depth[:1, ..., 0]
-    offsets = [(0, 0), (1, 1), (0, 3), (1, 7)]
-    parts = losses.depth_parts(depth[..., 0], confidence, truth)
-    total = 5 * (
-        losses.camera_loss(encoding, truth)
-        + parts["regression"]
-        + parts["confidence"]
-        + losses.gradient_loss(first, synthetic_one, offsets, fewest=256)
-        + 0.1 * losses.normal_loss(first, synthetic_one)
-        + losses.point_loss(points, truth)
-        + losses.track_loss(points, truth, tensors["gt.tracks"], tensors["gt.track_vis_mask"] > 0)
-    )
+    encoding, depth, confidence = leaves(tensors)
     folder = shared / "golden/vggt_omega/losses"
     results = json.loads((folder / "losses.json").read_text())["results"][phase]
-    assert float(total.detach()) == pytest.approx(results["values"]["loss_objective"], abs=1e-9)
-    total.backward()
+    values = results["values"]
+    terms, _ = omega_terms(
+        Outputs(encoding[None], depth[..., 0], confidence),
+        batch(tensors, (True, False)),
+        results["schedule_progress"],
+        fewest=256,
+    )
+    names = {"camera": "camera", "depth": "depth", "point": "point", "track": "consistency"}
+    for name, published in names.items():
+        expected = values[f"loss_{published}"]
+        assert float(terms[name].detach()) == pytest.approx(expected, abs=1e-9), name
+    whole = total(terms, OMEGA_WEIGHTS)
+    assert float(whole.detach()) == pytest.approx(values["loss_objective"], abs=1e-9)
+    whole.backward()
     for name, leaf in (("depth", depth), ("depth_conf", confidence), ("pose_enc", encoding)):
         torch.testing.assert_close(leaf.grad, tensors[f"{phase}.grad_{name}"], atol=1e-10, rtol=0)
+
+
+def test_golden_losses_without_exact_edges_or_without_a_sequence(shared: Path) -> None:
+    tensors, _ = golden(shared)
+    encoding, depth, confidence = (x.detach() for x in leaves(tensors))
+    truth = normalized(tensors)
+    points = losses.predicted_points(depth[..., 0], encoding, truth, 0.3)
+    report = json.loads((shared / "golden/vggt_omega/losses/losses.json").read_text())["results"]
+    offsets = [(0, 0), (1, 1), (0, 3), (1, 7)]
+    for case, exact, used in (
+        ("no_synthetic_scene", (False, False), (True, True)),
+        ("second_scene_without_depth_training", (True, False), (True, False)),
+    ):
+        used_truth = losses.of_sequences(truth, torch.tensor(used))
+        found = losses.depth_loss(
+            depth[..., 0], confidence, used_truth, torch.tensor(exact), offsets, fewest=256
+        )
+        values = report[case]["values"]
+        assert float(found) == pytest.approx(values["loss_depth"], abs=1e-9), case
+        off = float(losses.point_loss(points, used_truth))
+        assert off == pytest.approx(values["loss_point"], abs=1e-9), case
 
 
 def test_depth_far_beyond_the_limit_still_pulls_back() -> None:

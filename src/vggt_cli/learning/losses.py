@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from vggt_cli.geometry import compose, decode_pose, encode_pose, invert, project, unproject
@@ -20,6 +20,9 @@ from vggt_cli.geometry import compose, decode_pose, encode_pose, invert, project
 # corner k are k - 1 and k - 3.
 _LOW, _HIGH = slice(None, -1), slice(1, None)
 _CORNERS = ((_LOW, _LOW), (_LOW, _HIGH), (_HIGH, _HIGH), (_HIGH, _LOW))
+
+FEWEST = 100  # valid pixels of a batch, or of a sequence, that say nothing yet
+START = ((0, 0),) * 4  # where subsampling starts at each step of the gradient term
 
 
 class Truth(NamedTuple):
@@ -39,7 +42,7 @@ def normalize(truth: Truth) -> tuple[Truth, Tensor]:
     distance = unproject(truth.depth, truth.intrinsics, extrinsics).norm(dim=-1)
     count = truth.valid.sum((1, 2, 3))
     scale = (distance * truth.valid).sum((1, 2, 3)) / count.clamp(min=1)
-    usable = (count > 100) & (scale > 1e-6) & scale.isfinite()
+    usable = (count > FEWEST) & (scale > 1e-6) & scale.isfinite()
     scale = torch.where(usable, scale, torch.ones_like(scale))
     extrinsics[..., 3] /= scale[:, None, None]
     depth = truth.depth / scale[:, None, None, None]
@@ -99,10 +102,31 @@ def depth_parts(depth: Tensor, confidence: Tensor, truth: Truth) -> dict[str, Te
     }
 
 
-def depth_loss(depth: Tensor, confidence: Tensor, truth: Truth) -> Tensor:
-    """Regression + confidence + gradient + a tenth of the normals' error."""
+def depth_loss(
+    depth: Tensor,
+    confidence: Tensor,
+    truth: Truth,
+    exact: Tensor | None = None,
+    offsets: Sequence[tuple[int, int]] = START,
+    fewest: int = 4096,
+) -> Tensor:
+    """Regression + confidence + gradient + a tenth of the normals' error.
+
+    exact: [B] bool, the sequences whose truth is exact at depth edges, as rendered depth is and
+    scanned is not: gradient and normals are theirs only. None: all. Zero with few valid pixels.
+    """
+    if int(truth.valid.sum()) <= FEWEST:
+        return depth.new_zeros(())
     parts = depth_parts(depth, confidence, truth)
-    return torch.stack(list(parts.values())).sum() + 0.1 * normal_loss(depth, truth)
+    total = parts["regression"] + parts["confidence"]
+    if exact is not None:
+        truth = of_sequences(truth, exact)
+    return total + gradient_loss(depth, truth, offsets, fewest) + 0.1 * normal_loss(depth, truth)
+
+
+def of_sequences(truth: Truth, counts: Tensor) -> Truth:
+    """The truth with valid pixels only in the sequences that a [B] bool picks."""
+    return truth._replace(valid=truth.valid & counts[:, None, None, None])
 
 
 def _nearness(truth: Truth) -> Tensor:
@@ -122,18 +146,24 @@ def _clipped(error: Tensor, too_far: Tensor, limit: float) -> Tensor:
 def gradient_loss(
     depth: Tensor,
     truth: Truth,
-    offsets: Sequence[tuple[int, int]] = ((0, 0),) * 4,
+    offsets: Sequence[tuple[int, int]] = START,
     fewest: int = 4096,
 ) -> Tensor:
     """Mean difference of neighbouring depth errors at steps 1, 2, 4, 8, the coarser weighted less.
 
-    offsets: the pixel (x, y) where subsampling starts at each step; the source draws them.
+    offsets: the pixel (x, y) where subsampling starts at each step; training draws them.
     """
     total = depth.new_zeros(())
     for k, offset in enumerate(offsets):
         enough = max(fewest // 2, 64) if k else fewest
         total = total + gradient_at(depth, truth, 2**k, offset, enough) / 2**k
     return total / (sum(2.0**-k for k in range(len(offsets))) + 1e-6)
+
+
+def random_offsets(random: Generator) -> list[tuple[int, int]]:
+    """A pixel (x, y) of the first cell of each step of the gradient term."""
+    drawn = [torch.randint(2**k, (2,), generator=random).tolist() for k in range(len(START))]
+    return [(x, y) for x, y in drawn]
 
 
 def gradient_at(
@@ -188,8 +218,24 @@ def _corner_normals(depth: Tensor, intrinsics: Tensor) -> Tensor:
     return torch.stack([torch.linalg.cross(p[k - 3] - p[k], p[k - 1] - p[k]) for k in range(4)])
 
 
+def predicted_points(depth: Tensor, encoding: Tensor, truth: Truth, progress: float) -> Tensor:
+    """World points [B, S, H, W, 3] of predicted depth [B, S, H, W] and poses [B, S, 9].
+
+    progress: share of training done. Until 60 % the lenses are the true ones, then the predicted
+    ones; the principal point, which poses do not have, always is the true one.
+    """
+    size = (depth.shape[-2], depth.shape[-1])
+    extrinsics, lenses = decode_pose(encoding, size)
+    if progress < 0.6:
+        return unproject(depth, truth.intrinsics, extrinsics)
+    lenses = torch.cat([lenses[..., :2], truth.intrinsics[..., 2:]], -1)
+    return unproject(depth, lenses, extrinsics)
+
+
 def point_loss(points: Tensor, truth: Truth) -> Tensor:
-    """Mean error of world points [B, S, H, W, 3], near ones weighted more."""
+    """Mean error of world points [B, S, H, W, 3], near ones weighted more; 0 with few valid."""
+    if int(truth.valid.sum()) <= FEWEST:
+        return points.new_zeros(())
     true = unproject(truth.depth, truth.intrinsics, truth.extrinsics)
     error = (points - true).abs() * (1 + 0.2 * _nearness(truth))[..., None]
     return error[truth.valid].clamp(max=100).mean()

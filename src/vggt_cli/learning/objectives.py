@@ -1,25 +1,36 @@
-"""What a network is trained for: the terms of `losses`, weighted and added up for a batch."""
+"""What a network is trained for: the terms of its losses, weighted and added up for a batch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vggt_cli.learning import losses
+from vggt_cli.geometry import unproject
+from vggt_cli.learning import losses, losses_vggt
+from vggt_cli.learning.labels import Labels
 from vggt_cli.learning.losses import Truth
-from vggt_cli.models.layers import full_precision
+from vggt_cli.models.layers import Outputs, full_precision
 from vggt_cli.models.mini import Mini, MiniConfig
+from vggt_cli.models.networks import Config, Network
+from vggt_cli.models.omega import VGGTOmega
+from vggt_cli.models.vggt import VGGT
+
+Terms = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one size."""
+    """Sequences of one size, and all that is drawn for them; the truth is normalised."""
 
     pixels: Tensor  # [B, S, 3, H, W]
     truth: Truth
+    labels: Labels | None = None  # tracks, which the published networks learn from; mini does not
+    exact: Tensor | None = None  # [B] bool, depth true to its edges, as rendered; None: all
+    offsets: Sequence[tuple[int, int]] = losses.START  # of VGGT-Omega's gradient term
 
 
 @dataclass(frozen=True)
@@ -28,26 +39,123 @@ class Weights:
 
     camera: float = 5.0
     depth: float = 5.0
-    point: float = 2.0
+    point: float = 5.0
+    track: float = 5.0
     matching: float = 0.3
 
 
-PUBLISHED = Weights()
+MINI_WEIGHTS = Weights(point=2.0, track=0.0)
+VGGT_WEIGHTS = Weights(camera=5.0, depth=1.0, point=1.0, track=0.05, matching=0.0)
+OMEGA_WEIGHTS = Weights()  # published, but for the matching term, whose form and weight are ours
 
 
 class Teacher(nn.Module):
-    """What only training needs: heads for points and matches on the last layer's patches."""
+    """What only training needs, on the last layer's patches: features to match, mini's points."""
 
-    def __init__(self, config: MiniConfig) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.points = nn.Linear(2 * config.embed_dim, 3)
+        if isinstance(config, MiniConfig):
+            self.points = nn.Linear(2 * config.embed_dim, 3)
         self.features = nn.Linear(2 * config.embed_dim, 64)
 
 
 def objective(
-    network: Mini, teacher: Teacher, batch: Batch, weights: Weights
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch and its terms: camera, depth, points and matches of patches."""
+    network: Network, teacher: Teacher, batch: Batch, weights: Weights, progress: float = 0.0
+) -> tuple[Tensor, Terms]:
+    """The loss of a batch and, without gradient, what it is made of.
+
+    progress: share of training done, which VGGT-Omega's point term asks for.
+    """
+    if isinstance(network, VGGT):
+        terms, parts = _vggt(network, batch)
+    elif isinstance(network, VGGTOmega):
+        terms, parts = _omega(network, teacher, batch, progress)
+    else:
+        terms, parts = _mini(network, teacher, batch)
+    loss = total(terms, weights)
+    return loss, {name: value.detach() for name, value in {"loss": loss, **parts}.items()}
+
+
+def total(terms: Terms, weights: Weights) -> Tensor:
+    """The weighted sum of terms by the names of their weights."""
+    return torch.as_tensor(
+        sum(w * terms[name] for name, w in vars(weights).items() if name in terms)
+    )
+
+
+def _vggt(network: VGGT, batch: Batch) -> tuple[Terms, Terms]:
+    """VGGT's terms, of those heads that it has, and their parts."""
+    size, truth = (batch.pixels.shape[-2], batch.pixels.shape[-1]), batch.truth
+    with torch.autocast(batch.pixels.device.type, torch.bfloat16):
+        cached = network.aggregate(batch.pixels)
+    outputs = network.read(cached, size)
+    with full_precision(batch.pixels):
+        camera = losses_vggt.camera_parts(outputs.pose_passes, truth)
+        depth = losses_vggt.depth_parts(outputs.depth, outputs.confidence, truth)
+        terms = {"camera": losses_vggt.camera_sum(camera), "depth": _sum(depth)}
+        parts = {**camera, "depth": terms["depth"]}
+        if outputs.points is not None and outputs.points_confidence is not None:
+            true = unproject(truth.depth, truth.intrinsics, truth.extrinsics)
+            point = losses_vggt.point_parts(
+                outputs.points, outputs.points_confidence, true, truth.valid
+            )
+            terms["point"] = parts["point"] = _sum(point)
+        if network.track_head is not None:
+            assert batch.labels is not None, "the track head learns from labels"
+            # VGGT counts from the centre of the first pixel, everything else from its corner.
+            followed = network.track(cached, size, batch.labels.xy[:, 0] - 0.5)
+            track = losses_vggt.track_parts(
+                followed.xy + 0.5, followed.visibility, followed.confidence, batch.labels
+            )
+            terms["track"], parts = _sum(track), {**parts, **track}
+    return terms, parts
+
+
+def _omega(
+    network: VGGTOmega, teacher: Teacher, batch: Batch, progress: float
+) -> tuple[Terms, Terms]:
+    """VGGT-Omega's published terms and one for matches of patches, and their parts."""
+    config = network.config
+    with torch.autocast(batch.pixels.device.type, torch.bfloat16):
+        cached = network.aggregate(batch.pixels)
+    outputs = network.read(cached, (batch.pixels.shape[-2], batch.pixels.shape[-1]))
+    patches = cached[config.cached_layers[-1]][:, :, 1 + config.registers :]
+    with full_precision(patches):
+        terms, camera = omega_terms(outputs, batch, progress)
+        matching, found = losses.matching_loss(
+            teacher.features(patches), batch.truth, config.patch_size
+        )
+    terms["matching"] = matching
+    others = {name: value for name, value in terms.items() if name != "camera"}
+    return terms, {**camera, **others, "found": found}
+
+
+def omega_terms(
+    outputs: Outputs, batch: Batch, progress: float, fewest: int = 4096
+) -> tuple[Terms, Terms]:
+    """VGGT-Omega's published terms: camera, depth, point and track; and the camera's parts.
+
+    Sequences with hardly a valid pixel have no scale and do not count.
+    """
+    assert batch.labels is not None, "the term of track consistency needs labels"
+    usable = batch.truth.valid.flatten(1).sum(1) > losses.FEWEST
+    truth = losses.of_sequences(batch.truth, usable)
+    depth, encoding = outputs.depth, outputs.pose_passes[-1]
+    camera = losses.camera_parts(encoding[usable], Truth(*(x[usable] for x in truth)))
+    points = losses.predicted_points(depth, encoding, truth, progress)
+    terms = {
+        "camera": losses.camera_sum(camera),
+        "depth": losses.depth_loss(
+            depth, outputs.confidence, truth, batch.exact, batch.offsets, fewest
+        ),
+        "point": losses.point_loss(points, truth),
+        "track": losses.track_loss(points, truth, batch.labels.xy, batch.labels.seen),
+    }
+    return terms, camera
+
+
+def _mini(network: Mini, teacher: Teacher, batch: Batch) -> tuple[Terms, Terms]:
+    """Mini's camera, depth, point and matching terms, and their parts."""
     B, S, _, H, W = batch.pixels.shape
     patch = network.config.patch_size
     # The short sequences of training go through the plain kernel faster than through the fused.
@@ -62,11 +170,10 @@ def objective(
         points = teacher.points(patches).unflatten(2, true.shape[2:4])
         point = (points - true).abs().clamp(max=10)[valid].mean()
         matching, found = losses.matching_loss(teacher.features(patches), batch.truth, patch)
-    total = (
-        weights.camera * losses.camera_sum(camera)
-        + weights.depth * torch.stack(list(depth.values())).sum()
-        + weights.point * point
-        + weights.matching * matching
-    )
-    terms = {"loss": total, **camera, **depth, "point": point, "matching": matching, "found": found}
-    return total, {name: value.detach() for name, value in terms.items()}
+    own = {"point": point, "matching": matching}
+    terms = {"camera": losses.camera_sum(camera), "depth": _sum(depth), **own}
+    return terms, {**camera, **depth, **own, "found": found}
+
+
+def _sum(parts: Terms) -> Tensor:
+    return torch.stack(list(parts.values())).sum()

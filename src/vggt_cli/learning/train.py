@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from vggt_cli.learning import losses, synthetic
 from vggt_cli.learning.losses import Truth
-from vggt_cli.learning.objectives import PUBLISHED, Batch, Teacher, Weights, objective
+from vggt_cli.learning.objectives import MINI_WEIGHTS, Batch, Teacher, Weights, objective
 from vggt_cli.models import store
 from vggt_cli.models.mini import Mini, MiniConfig
 
@@ -50,7 +50,7 @@ class TrainConfig:
     learning_rate: float = 5e-4
     warm_up: int = 300
     weight_decay: float = 0.02
-    weights: Weights = PUBLISHED
+    weights: Weights = MINI_WEIGHTS
     checkpoint_minutes: float = 5.0
     workers: int = 1  # processes that render
     seed: int = 0
