@@ -3,9 +3,10 @@
 What a large network finds by attention is given to this small one. Its patch encoder is a small
 convolutional one, trained so that its features match from photo to photo; it has the shape of
 XFeat's backbone (Potje et al., CVPR 2024, Apache-2.0) and started from its weights, with colours
-added; the licence of the weights file says so. After a few blocks a linear layer guesses depth,
-`solver` finds the cameras that explain the matches, and the other blocks go on from there. Why,
-and what each part is worth, is measured in docs/training.md.
+added; the licence of the weights file says so. Matches with the first frame go into the tokens.
+The heads' depth and poses are the first guess of `solver`, which finds the cameras that explain
+all matches; the camera head decides how far to trust it. Why, and what each part is worth, is
+measured in docs/training.md.
 
 B batch, S frames, H x W pixels, N patches of a frame, T = 1 + R + N tokens, D their width.
 """
@@ -14,30 +15,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vggt_cli.geometry import encode_pose
+from vggt_cli.geometry import compose, decode_pose, encode_pose, invert
 from vggt_cli.models import solver
 from vggt_cli.models.layers import (
     Outputs,
     Size,
     add_positions,
     by_frames,
+    compute,
     full_precision,
+    initialize,
     normalized,
-    with_special_tokens,
 )
-from vggt_cli.models.omega import Aggregator, CameraHead, Trunk, TrunkConfig
+from vggt_cli.models.omega import Aggregator, CameraHead, DenseHead, TrunkConfig
 from vggt_cli.models.solver import Matches, Solution
-
-# What stands among the cached layers besides them:
-GUESS = -1  # [B, S, N] logarithm of depth at the cells, before the solver
-CELL = -2  # [B, S, N] int64 the cell of each patch, of 2 h x 2 w
-SOLVED = -3  # [B, S, 9] pose encodings by the solver
-LOCAL = -4  # [B, S, 64, 2 h, 2 w] local features
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,6 @@ class MiniConfig(TrunkConfig):
     head_depth: int = 1
     features: int = 64
     level_channels: tuple[int, ...] = (48, 96, 128, 128)
-    solved_after: int = 2  # pairs of blocks
 
 
 def convolution(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Sequential:
@@ -95,62 +91,127 @@ class ConvEncoder(nn.Module):
         return out
 
 
-class MiniAggregator(Aggregator):
-    """The aggregator on patch tokens of look, place and match, with the solver inside."""
+class Seen(NamedTuple):
+    """What the heads read."""
+
+    layers: list[Tensor]  # four times [B, S, T, 2D]
+    matches: Matches
+    size: Size  # of the images
+
+
+class PoseHead(CameraHead):
+    """Poses from camera and register tokens, and how far the solver's are to be trusted."""
 
     def __init__(self, config: MiniConfig) -> None:
-        assert config.patch_size == 16, config.patch_size
-        super().__init__(config, ConvEncoder())
-        self.solved_after = config.solved_after
+        super().__init__(config)
         D = config.embed_dim
-        self.proj = nn.Linear(4 * 64 + 3, D)
-        self.norm = nn.LayerNorm(D)
-        self.match = nn.Linear(7, D)
-        self.guess = nn.Linear(2 * D, 1)
-        self.pose = nn.Linear(12, D)
-        self.place = nn.Linear(8, D)
+        self.trust_branch = nn.Sequential(nn.Linear(2 * D + 6, D), nn.GELU(), nn.Linear(D, 3))
 
-    def forward(self, images: Tensor) -> dict[int, Tensor]:
-        """The cached layers [B, S, T, 2D] of images [B, S, 3, H, W], and GUESS to LOCAL."""
-        B, S, _, H, W = images.shape
-        grid = (H // 16, W // 16)
-        pixels = normalized(images)[..., : 16 * grid[0], : 16 * grid[1]]
-        local = self.patch_embed(pixels.flatten(0, 1)).unflatten(0, (B, S))
-        with full_precision(images), torch.no_grad():
-            matches = solver.find(local)
-        patches = self.look(pixels, local) + self.match(_in_first_frame(matches))
-        tokens = with_special_tokens([self.camera_token, self.register_token], patches)
-        special = 1 + self.config.registers
-        rotate = self.rope_embed(grid, special)
-        cached = {CELL: matches.cell, LOCAL: local}
-        for i in range(self.config.depth):
-            frame = self.frame_blocks[i](tokens.flatten(0, 1), rotate).unflatten(0, (B, S))
-            tokens = self.inter_frame_blocks[i](frame.flatten(1, 2)).unflatten(1, (S, -1))
-            both = torch.cat([frame, tokens], -1)
-            if i in self.config.cached_layers:
-                cached[i] = both
-            if i + 1 == self.solved_after:
-                guess = self.guess(both[:, :, special:])[..., 0].float().clamp(-3, 3)
-                with full_precision(images), torch.no_grad():
-                    solution = solver.cameras(matches, guess.exp(), grid)
-                    solved, pose, place = _facts(matches, guess, solution, (H, W))
-                cached |= {GUESS: guess, SOLVED: solved}
-                of_camera = F.pad(self.pose(pose)[:, :, None], (0, 0, 0, special - 1))
-                tokens = tokens + torch.cat([of_camera, self.place(place)], 2)
-        return cached
+    def look(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, S, 2D] and pose encodings [B, S, 9] of tokens [B, S, 1+R, 2D]."""
+        S = tokens.shape[1]
+        x = self.token_norm(tokens).flatten(1, 2)
+        for trunk_block in self.trunk:
+            x = trunk_block(x)
+        x = self.trunk_norm(x.unflatten(1, (S, -1))[:, :, 0])
+        pose = self.camera_branch(x)
+        return x, torch.cat([pose[..., :7], F.relu(pose[..., 7:]) + 0.01], -1)
 
-    def look(self, pixels: Tensor, local: Tensor) -> Tensor:
-        """[B, S, N, D] what patches look like and where they are.
+    def mix(self, features: Tensor, pose: Tensor, solved: Tensor, agreement: Tensor) -> Tensor:
+        """The pose encodings between the head's and the solver's.
 
-        pixels: [B, S, 3, 16 h, 16 w] normalised; local: [B, S, 64, 2 h, 2 w] features.
+        Translation, rotation and field of view have a share each; agreement: [B, S, K, N].
         """
-        B, S = pixels.shape[:2]
-        colors = F.avg_pool2d(pixels.flatten(0, 1), 16)
-        look = torch.cat([F.pixel_unshuffle(local.flatten(0, 1), 2), colors], 1)
-        tokens = self.norm(self.proj(look.flatten(2).mT))  # [B S, N, D]
-        h, w = look.shape[-2:]
-        placed = add_positions(torch.zeros_like(tokens).mT.unflatten(-1, (h, w)), w / h)
-        return torch.unflatten(tokens + placed.flatten(2).mT * 10, 0, (B, S))  # at full strength
+        pose = pose.detach()
+        q, p = (F.normalize(x[..., 3:7], dim=-1) for x in (pose, solved))
+        facts = [
+            agreement.mean((2, 3)),
+            agreement.amax(2).mean(-1),
+            agreement.mean((1, 2, 3))[:, None].expand(q.shape[:2]),
+            1 - (q * p).sum(-1).abs(),
+            (pose[..., :3] - solved[..., :3]).norm(dim=-1).clamp(max=5),
+            (pose[..., 7:] - solved[..., 7:]).mean(-1),
+        ]
+        trust = self.trust_branch(torch.cat([features, torch.stack(facts, -1)], -1)).sigmoid()
+        share = torch.repeat_interleave(trust, torch.tensor([3, 4, 2], device=trust.device), -1)
+        nearer = torch.where((q * p).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+        same = torch.cat([solved[..., :3], nearer * solved[..., 3:7], solved[..., 7:]], -1)
+        mixed = pose + share * (same - pose)
+        return mixed
+
+
+class Mini(nn.Module):
+    """Our small network."""
+
+    def __init__(self, config: MiniConfig) -> None:
+        super().__init__()
+        assert config.patch_size == 16, config.patch_size
+        self.config = config
+        D = config.embed_dim
+        self.aggregator = Aggregator(config, ConvEncoder())
+        self.look = nn.Linear(4 * 64 + 3, D)
+        self.look_norm = nn.LayerNorm(D)
+        self.match = nn.Linear(7, D)
+        self.camera_head = PoseHead(config)
+        self.dense_head = DenseHead(config)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                initialize(module)
+                nn.init.xavier_uniform_(module.weight)
+        pose = self.camera_head.camera_branch[2]
+        assert isinstance(pose, nn.Linear)
+        with torch.no_grad():
+            pose.weight.mul_(0.1)
+            # Near the identity and 60 degrees from the first step on.
+            pose.bias.copy_(torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1.0]))
+
+    def forward(self, images: Tensor, frames_per_chunk: int = 8) -> Outputs:
+        """Cameras and depth of images [B, S, 3, H, W] in [0, 1]."""
+        return self.read(self.aggregate(images), frames_per_chunk)
+
+    def aggregate(self, images: Tensor) -> Seen:
+        """The matches and the tokens of images [B, S, 3, H, W] in [0, 1]."""
+        B, S, _, H, W = images.shape
+        h, w = grid = (H // 16, W // 16)
+        with compute(self.look.weight):
+            pixels = normalized(images)[..., : 16 * h, : 16 * w].flatten(0, 1)
+            local = self.aggregator.patch_embed(pixels)
+            with full_precision(images), torch.no_grad():
+                matches = solver.find(local.float().unflatten(0, (B, S)))
+            look = torch.cat([F.pixel_unshuffle(local, 2), F.avg_pool2d(pixels, 16)], 1)
+            tokens = self.look_norm(self.look(look.flatten(2).mT))  # [B S, N, D]
+            placed = add_positions(torch.zeros_like(tokens).mT.unflatten(-1, grid), w / h)
+            tokens = tokens + placed.flatten(2).mT * 10  # at full strength
+            tokens = tokens.unflatten(0, (B, S)) + self.match(_in_first_frame(matches))
+            cached = self.aggregator.attend(tokens, grid)
+        return Seen([cached[i] for i in self.config.cached_layers], matches, (H, W))
+
+    def read(self, seen: Seen, frames_per_chunk: int = 8) -> Outputs:
+        """What the heads and the solver make of it; two passes of poses, before and after."""
+        special = 1 + self.config.registers
+        layers, matches, size = seen
+        tokens = layers[-1][:, :, :special]
+        dense = partial(self.dense_head, size=size)
+        with full_precision(tokens):
+            depth, confidence = by_frames(
+                dense, [layer[:, :, special:] for layer in layers], frames_per_chunk
+            )
+            features, pose = self.camera_head.look(tokens.float())
+            with torch.no_grad():
+                solution = self._solve(matches, depth, pose, size)
+                solved = _encoded(solution, size)
+            mixed = self.camera_head.mix(features, pose, solved, solution.agreement)
+        return Outputs(torch.stack([pose, mixed]), depth, confidence, tokens=tokens)
+
+    def _solve(self, matches: Matches, depth: Tensor, pose: Tensor, size: Size) -> Solution:
+        h, w = grid = (size[0] // 16, size[1] // 16)
+        coarse = F.avg_pool2d(depth[..., : 16 * h, : 16 * w], 8).flatten(2)
+        extrinsics, lenses = decode_pose(pose, (16 * h, 16 * w))
+        focal = lenses[..., 0, 0].mean(1) / (8 * max(grid))
+        # In the world of the first camera, which the head only nearly is.
+        extrinsics = compose(extrinsics, invert(extrinsics[:, :1]).expand_as(extrinsics))
+        start = extrinsics[..., :3], extrinsics[..., 3]
+        return solver.cameras(matches, coarse.gather(2, matches.cell), start, focal, grid)
 
 
 def _in_first_frame(matches: Matches) -> Tensor:
@@ -163,78 +224,10 @@ def _in_first_frame(matches: Matches) -> Tensor:
     return torch.cat([place, certainty[..., None], matches.own, place - matches.own], -1)
 
 
-def _facts(
-    matches: Matches, guess: Tensor, solution: Solution, size: Size
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the solver found: pose encodings [B, S, 9], and facts of cameras and of patches.
-
-    The facts are [B, S, 12] (encoding, two of agreement, focal length) and [B, S, N, 8] (log
-    depth, how far it is from the guess, place in the world, two of agreement, certainty).
-    """
-    B, S = guess.shape[:2]
-    lens = torch.zeros(B, S, 3, 3).to(guess)
-    lens[..., 0, 0] = lens[..., 1, 1] = (solution.focal * (max(size) // 16 * 8))[:, None]
+def _encoded(solution: Solution, size: Size) -> Tensor:
+    """[B, S, 9] pose encodings of a solution, for images of that size."""
+    S = solution.depth.shape[1]
+    focal = solution.focal * (max(size) // 16 * 8)
+    lens = torch.diag_embed(torch.stack([focal, focal, torch.ones_like(focal)], -1))
     extrinsics = torch.cat([solution.rotation, solution.translation[..., None]], -1)
-    encoding = encode_pose(extrinsics, lens, size)
-    rays = solver.rays(matches.own, solution.focal) * solution.depth[..., None]
-    world = (rays - solution.translation[:, :, None]) @ solution.rotation
-    depth = solution.depth.log()[..., None]
-    fit, best = solution.agreement.mean(2)[..., None], solution.agreement.amax(2)[..., None]
-    sure = matches.certainty.mean(2)[..., None]
-    place = torch.cat([depth, depth - guess[..., None], world, fit, best, sure], -1)
-    focal = solution.focal[:, None, None].expand(B, S, 1)
-    pose = torch.cat([encoding, fit.mean(2), best.mean(2), focal], -1)
-    return encoding, pose.clamp(-5, 5), place.clamp(-5, 5)
-
-
-class Corrections(CameraHead):
-    """The camera head of corrections to the solver's poses."""
-
-    def __init__(self, config: MiniConfig) -> None:
-        super().__init__(config)
-        self.camera_branch[2] = nn.Linear(config.embed_dim, 11)
-
-    def correct(self, tokens: Tensor, solved: Tensor) -> Tensor:
-        """[B, S, 9] pose encodings of tokens [B, S, 1+R, 2D] and the solver's [B, S, 9].
-
-        Translation and rotation of the solver count as much as the head trusts them.
-        """
-        S = tokens.shape[1]
-        x = self.token_norm(tokens).flatten(1, 2)
-        for trunk_block in self.trunk:
-            x = trunk_block(x)
-        x = self.camera_branch(self.trunk_norm(x.unflatten(1, (S, -1))[:, :, 0]))
-        trust = torch.sigmoid(x[..., 9:] + 2)
-        t, q, lens = solved.split_with_sizes([3, 4, 2], -1)
-        out = torch.cat([t * trust[..., :1], q * trust[..., 1:], lens], -1) + x[..., :9]
-        return torch.cat([out[..., :7], F.relu(out[..., 7:] - 0.01) + 0.01], -1)
-
-
-class Mini(Trunk):
-    """Our small network."""
-
-    camera_head: Corrections
-
-    def __init__(self, config: MiniConfig) -> None:
-        super().__init__(config, MiniAggregator(config))
-        self.config = config
-        self.camera_head = Corrections(config)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-        # Nothing to correct, and depth of one, at first.
-        for last in (self.camera_head.camera_branch[2], self.aggregator.guess):
-            assert isinstance(last, nn.Linear)
-            nn.init.normal_(last.weight, std=0.002)
-            nn.init.zeros_(last.bias)
-
-    def read(self, cached: dict[int, Tensor], size: Size, frames_per_chunk: int = 8) -> Outputs:
-        """What the heads make of the cached layers of images of that size."""
-        special = 1 + self.config.registers
-        layers = [cached[i][:, :, special:] for i in self.config.cached_layers]
-        tokens = cached[self.config.cached_layers[-1]][:, :, :special]
-        dense = partial(self.dense_head, size=size)
-        with full_precision(tokens):
-            pose = self.camera_head.correct(tokens.float(), cached[SOLVED])
-            depth, confidence = by_frames(dense, layers, frames_per_chunk)
-        return Outputs(pose[None], depth, confidence, tokens=tokens)
+    return encode_pose(extrinsics, lens[:, None].expand(-1, S, -1, -1), size)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Pose = tuple[Tensor, Tensor]  # rotation [..., 3, 3] and translation [..., 3]
+Size = tuple[int, int]  # (rows, columns)
 
 SHARPNESS = 20.0  # of likeness: what the features are trained with
 FOCAL = 3**0.5  # 60 degrees along the longer side, until the matches know better
@@ -81,7 +82,7 @@ def find(local: Tensor, neighbours: int = 8) -> Matches:
     return _surest(places, target, torch.stack(found, 2), torch.stack(sure, 2), (h, w))
 
 
-def _targets(unit: Tensor, grid: tuple[int, int], neighbours: int) -> Tensor:
+def _targets(unit: Tensor, grid: Size, neighbours: int) -> Tensor:
     """[B, S, K] frames to match with: all others, or the two beside and the most alike."""
     B, S = unit.shape[:2]
     order = torch.arange(S, device=unit.device)
@@ -98,7 +99,7 @@ def _targets(unit: Tensor, grid: tuple[int, int], neighbours: int) -> Tensor:
 
 
 def _surest(
-    places: Tensor, target: Tensor, place: Tensor, certainty: Tensor, grid: tuple[int, int]
+    places: Tensor, target: Tensor, place: Tensor, certainty: Tensor, grid: Size
 ) -> Matches:
     """Of each patch of 2 x 2 cells the surest, from places and certainties of all cells."""
     h, w = grid
@@ -127,20 +128,23 @@ def _around(h: int, w: int) -> Tensor:
     return (rows[:, None, :, None] * w + columns[None, :, None]).flatten(2).flatten(0, 1)
 
 
-def cameras(matches: Matches, depth: Tensor, grid: tuple[int, int]) -> Solution:
-    """The better of two solutions: from the guess of depth [B, S, N], and from none at all.
+def cameras(matches: Matches, depth: Tensor, pose: Pose, focal: Tensor, grid: Size) -> Solution:
+    """The best of three solutions: from the guessed cameras, from guessed depth, from neither.
 
-    grid: (rows, columns) of patches.
+    depth: [B, S, N] at the cells; pose, focal: guesses [B, S, ...] and [B]; grid: (rows, columns)
+    of patches.
     """
     B = len(depth)
     flat = depth.flatten(1).median(1).values[:, None, None].expand_as(depth)
-    both = torch.cat([depth, flat])
-    twice = Matches(*(x.repeat(2, *[1] * (x.ndim - 1)) for x in matches))
-    focal = both.new_full((2 * B,), FOCAL)
-    found = solve(twice, both, focal, start(twice, both, focal, grid))
-    fit = found.agreement.sum((1, 2, 3)).view(2, B)
-    better = fit.argmax(0) * B + torch.arange(B, device=fit.device)
-    return Solution(*(x[better] for x in found))
+    usual = torch.full_like(focal, FOCAL)
+    depths, focals = torch.cat([depth, depth, flat]), torch.cat([focal, usual, usual])
+    thrice = Matches(*(x.repeat(3, *[1] * (x.ndim - 1)) for x in matches))
+    trees = start(Matches(*(x[B:] for x in thrice)), depths[B:], focals[B:], grid)
+    poses = (torch.cat([pose[0], trees[0]]), torch.cat([pose[1], trees[1]]))
+    found = solve(thrice, depths, focals, poses)
+    fit = found.agreement.sum((1, 2, 3)).view(3, B)
+    best = fit.argmax(0) * B + torch.arange(B, device=fit.device)
+    return Solution(*(x[best] for x in found))
 
 
 def rays(place: Tensor, focal: Tensor) -> Tensor:
@@ -148,7 +152,7 @@ def rays(place: Tensor, focal: Tensor) -> Tensor:
     return F.pad(place / focal.view(-1, *[1] * (place.ndim - 1)), (0, 1), value=1.0)
 
 
-def start(matches: Matches, depth: Tensor, focal: Tensor, grid: tuple[int, int]) -> Pose:
+def start(matches: Matches, depth: Tensor, focal: Tensor, grid: Size) -> Pose:
     """Poses along the tree of the best pairs: each moves matched points rigidly onto another's."""
     B, S, K, _ = matches.certainty.shape
     every, target = torch.arange(B)[:, None, None], matches.target
@@ -259,20 +263,20 @@ def _linearized(
     error = seen - matches.place
     fit = (y[..., 2] > NEAREST) / (1 + error.square().sum(-1) / scale**2) ** 2
     weight = (_trust(matches.certainty) * fit)[..., None, None]
-    # Derivatives of the place in the target, by the point there and by all that moves it.
-    by_y = torch.cat(
-        [torch.eye(2).to(y).expand(*y.shape[:-1], 2, 2), -y[..., :2, None] / z[..., None, None]], -1
-    )
+    # Derivatives of the place in the target, by the point there and by all that moves it; the
+    # gradient by a turn about the origin is the cross product of point and gradient.
+    sides = torch.eye(2).to(y).expand(*y.shape[:-1], 2, 2)
+    by_y = torch.cat([sides, -(y[..., :2] / z[..., None])[..., None]], -1)
     by_y = by_y * (f / z)[..., None, None]  # [B, S, K, N, 2, 3]
-    by_x = by_y @ turn[:, :, :, None]
+    by_x = (by_y.flatten(3, 4) @ turn).unflatten(3, (N, 2))
+    x, y = x.expand_as(y)[..., None, :].expand_as(by_x), y[..., None, :].expand_as(by_y)
     rows = y.new_zeros(B, S, K, N, 2, 6 * K + 7)
-    rows[..., :6] = torch.cat([by_x @ _cross(x), -by_x], -1)
-    to_target = torch.cat([-by_y @ _cross(y), by_y], -1)
+    rows[..., :3], rows[..., 3:6] = torch.linalg.cross(by_x, x), -by_x
+    by_target = torch.cat([torch.linalg.cross(y, by_y), by_y], -1)
     for k in range(K):
-        rows[:, :, k, :, :, 6 * k + 6 : 6 * k + 12] = to_target[:, :, k]
-    sideways = F.pad(x[..., :2], (0, 1)).expand_as(y)
-    rows[..., -1] = seen - (by_x @ sideways[..., None])[..., 0]
-    by_depth = by_x @ x.expand_as(y)[..., None]  # [B, S, K, N, 2, 1]
+        rows[:, :, k, :, :, 6 * k + 6 : 6 * k + 12] = by_target[:, :, k]
+    rows[..., -1] = seen - (by_x * x)[..., :2].sum(-1)
+    by_depth = (by_x * x).sum(-1, keepdim=True)  # [B, S, K, N, 2, 1]
     heavy, error = rows * weight, error[..., None]
     equations = _Equations(
         heavy.flatten(2, 4).mT @ rows.flatten(2, 4),
