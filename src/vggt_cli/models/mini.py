@@ -117,12 +117,14 @@ class PoseHead(CameraHead):
         pose = self.camera_branch(x)
         return x, torch.cat([pose[..., :7], F.relu(pose[..., 7:]) + 0.01], -1)
 
-    def mix(self, features: Tensor, pose: Tensor, solved: Tensor, agreement: Tensor) -> Tensor:
-        """The pose encodings between the head's and the solver's.
+    def mix(
+        self, features: Tensor, pose: Tensor, solved: Tensor, solution: Solution
+    ) -> tuple[Tensor, Tensor]:
+        """Encodings [B, S, 9] between the head's and the solver's, and the solver's share [B, S].
 
-        Translation, rotation and field of view have a share each; agreement: [B, S, K, N].
+        Translation, rotation and field of view have a share each; the first is returned.
         """
-        pose = pose.detach()
+        pose, agreement = pose.detach(), solution.agreement
         q, p = (F.normalize(x[..., 3:7], dim=-1) for x in (pose, solved))
         facts = [
             agreement.mean((2, 3)),
@@ -136,8 +138,7 @@ class PoseHead(CameraHead):
         share = torch.repeat_interleave(trust, torch.tensor([3, 4, 2], device=trust.device), -1)
         nearer = torch.where((q * p).sum(-1, keepdim=True) < 0, -1.0, 1.0)
         same = torch.cat([solved[..., :3], nearer * solved[..., 3:7], solved[..., 7:]], -1)
-        mixed = pose + share * (same - pose)
-        return mixed
+        return pose + share * (same - pose), trust[..., 0]
 
 
 class Mini(nn.Module):
@@ -198,20 +199,36 @@ class Mini(nn.Module):
             )
             features, pose = self.camera_head.look(tokens.float())
             with torch.no_grad():
-                solution = self._solve(matches, depth, pose, size)
-                solved = _encoded(solution, size)
-            mixed = self.camera_head.mix(features, pose, solved, solution.agreement)
+                solution, change = _solved(matches, depth, pose, size)
+            mixed, trust = self.camera_head.mix(features, pose, _encoded(solution, size), solution)
+            change = change * trust.detach()[..., None, None]
+            depth = depth * F.interpolate(change, size, mode="bilinear").exp()
         return Outputs(torch.stack([pose, mixed]), depth, confidence, tokens=tokens)
 
-    def _solve(self, matches: Matches, depth: Tensor, pose: Tensor, size: Size) -> Solution:
-        h, w = grid = (size[0] // 16, size[1] // 16)
-        coarse = F.avg_pool2d(depth[..., : 16 * h, : 16 * w], 8).flatten(2)
-        extrinsics, lenses = decode_pose(pose, (16 * h, 16 * w))
-        focal = lenses[..., 0, 0].mean(1) / (8 * max(grid))
-        # In the world of the first camera, which the head only nearly is.
-        extrinsics = compose(extrinsics, invert(extrinsics[:, :1]).expand_as(extrinsics))
-        start = extrinsics[..., :3], extrinsics[..., 3]
-        return solver.cameras(matches, coarse.gather(2, matches.cell), start, focal, grid)
+
+def _solved(matches: Matches, depth: Tensor, pose: Tensor, size: Size) -> tuple[Solution, Tensor]:
+    """The solution in the scale of depth [B, S, H, W], and the change of log depth [B, S, h, w].
+
+    The change is that of the patches with matches that agree, smoothed over their neighbours.
+    """
+    h, w = grid = (size[0] // 16, size[1] // 16)
+    coarse = F.avg_pool2d(depth[..., : 16 * h, : 16 * w], 8).flatten(2).gather(2, matches.cell)
+    extrinsics, lenses = decode_pose(pose, (16 * h, 16 * w))
+    focal = lenses[..., 0, 0].mean(1) / (8 * max(grid))
+    # In the world of the first camera, which the head only nearly is.
+    extrinsics = compose(extrinsics, invert(extrinsics[:, :1]).expand_as(extrinsics))
+    found = solver.cameras(matches, coarse, (extrinsics[..., :3], extrinsics[..., 3]), focal, grid)
+    weight = found.agreement.amax(2)  # [B, S, N]
+    change = (found.depth / coarse).log()
+    scale = -(change * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-6)
+    found = found._replace(
+        translation=found.translation * scale.exp()[:, None, None],
+        depth=found.depth * scale.exp()[:, None, None],
+    )
+    change = (change + scale[:, None, None]).clamp(-1, 1)
+    smooth = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1)
+    total, count = (smooth(x.unflatten(-1, grid)) for x in (change * weight, weight))
+    return found, total / (count + 0.1)
 
 
 def _in_first_frame(matches: Matches) -> Tensor:

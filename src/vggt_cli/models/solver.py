@@ -142,7 +142,8 @@ def cameras(matches: Matches, depth: Tensor, pose: Pose, focal: Tensor, grid: Si
     trees = start(Matches(*(x[B:] for x in thrice)), depths[B:], focals[B:], grid)
     poses = (torch.cat([pose[0], trees[0]]), torch.cat([pose[1], trees[1]]))
     found = solve(thrice, depths, focals, poses)
-    fit = found.agreement.sum((1, 2, 3)).view(3, B)
+    # Where they explain the matches equally well, the one that is nearest to the guess.
+    fit = found.agreement.sum((1, 2, 3)).view(3, B) * depth.new_tensor([[1.0], [0.99], [0.98]])
     best = fit.argmax(0) * B + torch.arange(B, device=fit.device)
     return Solution(*(x[best] for x in found))
 
