@@ -266,18 +266,25 @@ def patch_points(truth: Truth, patch: int) -> tuple[Tensor, Tensor]:
     return points[..., middle[1], middle[2], :], truth.valid[middle]
 
 
-def matching_loss(features: Tensor, truth: Truth, patch: int, temperature: float = 0.07) -> Tensor:
+def matching_loss(
+    features: Tensor,
+    truth: Truth,
+    patch: int,
+    temperature: float = 0.07,
+    every_pair: bool = False,
+) -> Tensor:
     """Cross-entropy of finding each patch of one frame among those of another, and its accuracy.
 
     features: [B, S, N, C] of each patch. A patch's match is the patch that the point at its middle
-    projects into, where the depth there agrees within 5 %. All ordered pairs with frame 0.
+    projects into, where the depth there agrees within 5 %. All ordered pairs with frame 0, or all.
     Returns [2]: loss, share found first. Zero where nothing matches.
     """
     points, valid = patch_points(truth, patch)
     S = points.shape[1]
-    others = torch.arange(1, S)
-    source = torch.cat([torch.zeros_like(others), others])
-    target = torch.cat([others, torch.zeros_like(others)])
+    a, b = torch.triu_indices(S, S, 1)
+    if not every_pair:
+        a, b = a[: S - 1], b[: S - 1]
+    source, target = torch.cat([a, b]), torch.cat([b, a])
     match = _matches(points[:, source], valid[:, source], truth, target, patch)  # [B, P, N]
     unit = F.normalize(features, dim=-1)
     logits = unit[:, source] @ unit[:, target].mT / temperature  # [B, P, N, N]

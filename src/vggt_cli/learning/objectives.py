@@ -13,10 +13,11 @@ from vggt_cli.geometry import unproject
 from vggt_cli.learning import losses, losses_vggt
 from vggt_cli.learning.labels import Labels
 from vggt_cli.learning.losses import Truth
-from vggt_cli.models.layers import Outputs, full_precision
+from vggt_cli.models.layers import Outputs, full_precision, normalized
 from vggt_cli.models.mini import Mini, MiniConfig
 from vggt_cli.models.networks import Config, Network
 from vggt_cli.models.omega import VGGTOmega
+from vggt_cli.models.solver import SHARPNESS
 from vggt_cli.models.vggt import VGGT
 
 Terms = dict[str, Tensor]
@@ -173,24 +174,40 @@ def omega_terms(
 
 
 def _mini(network: Mini, teacher: Teacher, batch: Batch) -> tuple[Terms, Terms]:
-    """Mini's camera, depth, point and matching terms, and their parts."""
-    B, S, _, H, W = batch.pixels.shape
+    """Mini's camera, depth, point and matching terms, and their parts.
+
+    The head's poses count whole, those mixed with the solver's half: they teach whom to trust.
+    Where the encoder alone learns, it does so from matches of its features.
+    """
+    B, S = batch.pixels.shape[:2]
+    if not any(p.requires_grad for p in network.camera_head.parameters()):
+        local = network.aggregator.patch_embed(normalized(batch.pixels).flatten(0, 1))
+        cells = local.flatten(2).mT.unflatten(0, (B, S))
+        matching, found = losses.matching_loss(cells, batch.truth, 8, 1 / SHARPNESS, True)
+        return {"matching": matching}, {"matching": matching, "found": found}
     patch = network.config.patch_size
     # The short sequences of training go through the plain kernel faster than through the fused.
     with torch.autocast(batch.pixels.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        cached = network.aggregate(batch.pixels)
-    outputs = network.read(cached, (H, W), B * S)
-    patches = cached[network.config.cached_layers[-1]][:, :, 1 + network.config.registers :]
+        seen = network.aggregate(batch.pixels)
+    outputs = network.read(seen, B * S)
+    patches = seen.layers[-1][:, :, 1 + network.config.registers :]
     with full_precision(patches):
-        camera = losses.camera_parts(outputs.pose_passes[-1], batch.truth)
+        head, mixed = (losses.camera_parts(pose, batch.truth) for pose in outputs.pose_passes)
         depth = losses.depth_parts(outputs.depth, outputs.confidence, batch.truth)
         true, valid = losses.patch_points(batch.truth, patch)
         points = teacher.points(patches).unflatten(2, true.shape[2:4])
         point = (points - true).abs().clamp(max=10)[valid].mean()
         matching, found = losses.matching_loss(teacher.features(patches), batch.truth, patch)
+    camera = losses.camera_sum(head) + 0.5 * losses.camera_sum(mixed)
     own = {"point": point, "matching": matching}
-    terms = {"camera": losses.camera_sum(camera), "depth": _sum(depth), **own}
-    return terms, {**camera, **depth, **own, "found": found}
+    first = {f"first {name}": value for name, value in head.items()}
+    return {"camera": camera, "depth": _sum(depth), **own}, {
+        **mixed,
+        **first,
+        **depth,
+        **own,
+        "found": found,
+    }
 
 
 def _sum(parts: Terms) -> Tensor:

@@ -1,23 +1,40 @@
-"""The network in the box: VGGT-Omega's build on local features and their matches.
+"""The network in the box: VGGT-Omega's build around matches and a solver.
 
-The patch encoder has the shape of XFeat's backbone (Potje et al., CVPR 2024, Apache-2.0) and its
-weights; the licence of the weights file says so. Sine positions and matches with the first frame
-go into the patch tokens: what a large network finds by attention is given to this small one. Why,
-and what it is worth, is measured in docs/training.md.
+What a large network finds by attention is given to this small one. Its patch encoder is a small
+convolutional one, trained so that its features match from photo to photo; it has the shape of
+XFeat's backbone (Potje et al., CVPR 2024, Apache-2.0) and started from its weights, with colours
+added; the licence of the weights file says so. Matches with the first frame go into the tokens.
+The heads' depth and poses are the first guess of `solver`, which finds the cameras that explain
+all matches; the camera head decides how far to trust it. Why, and what each part is worth, is
+measured in docs/training.md.
+
+B batch, S frames, H x W pixels, N patches of a frame, T = 1 + R + N tokens, D their width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vggt_cli.models.layers import Size, add_positions
-from vggt_cli.models.omega import Aggregator, Trunk, TrunkConfig
-
-FACTS = 12  # of a patch: (x, y) in the first frame and certainty of each of its four cells
+from vggt_cli.geometry import compose, decode_pose, encode_pose, invert
+from vggt_cli.models import solver
+from vggt_cli.models.layers import (
+    Outputs,
+    Size,
+    add_positions,
+    by_frames,
+    compute,
+    full_precision,
+    initialize,
+    normalized,
+)
+from vggt_cli.models.omega import Aggregator, CameraHead, DenseHead, TrunkConfig
+from vggt_cli.models.solver import Matches, Solution
 
 
 @dataclass(frozen=True)
@@ -43,7 +60,7 @@ def convolution(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn
 
 
 class ConvEncoder(nn.Module):
-    """Local features at 1/8 of the resolution, made of the gray image."""
+    """Local features at 1/8 of the resolution: XFeat's, of the gray image, and colours'."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +74,11 @@ class ConvEncoder(nn.Module):
             conv(64, 128, 3, 2), conv(128, 128), conv(128, 128), conv(128, 64, 1)
         )
         self.fusion = nn.Sequential(conv(64, 64), conv(64, 64), nn.Conv2d(64, 64, 1))
+        self.colors = nn.Sequential(
+            conv(3, 24, 3, 2), conv(24, 48, 3, 2), conv(48, 64, 3, 2), nn.Conv2d(64, 64, 1)
+        )
+        nn.init.zeros_(self.colors[3].get_parameter("weight"))  # at first it is XFeat
+        nn.init.zeros_(self.colors[3].get_parameter("bias"))
 
     def forward(self, images: Tensor) -> Tensor:  # [b, 3, H, W] -> [b, 64, H / 8, W / 8]
         gray = F.instance_norm(images.mean(1, keepdim=True))
@@ -65,66 +87,77 @@ class ConvEncoder(nn.Module):
         middle = self.block4(fine)
         coarse = self.block5(middle)
         both = (F.interpolate(y, fine.shape[-2:], mode="bilinear") for y in (middle, coarse))
-        out: Tensor = self.fusion(fine + sum(both))
+        out: Tensor = self.fusion(fine + sum(both)) + self.colors(images)
         return out
 
 
-def matched_places(features: Tensor, first: Tensor) -> Tensor:
-    """[b, 3, h, w]: for each cell its match (x, y) in the first frame and how certain it is.
+class Seen(NamedTuple):
+    """What the heads read."""
 
-    features: [b, C, h, w]; first: [b, C, h, w] of the first frame. Places are relative to the
-    centre, in halves of the longer side. Of the cells around the most alike one the mean place,
-    weighted by likeness; certain (1) where both cells are each other's only candidate.
-    """
-    h, w = features.shape[-2:]
-    a, b = (F.normalize(x.float().flatten(2), dim=1) for x in (features, first))
-    alike = a.mT @ b * 40  # [b, cell, cell of the first frame]
-    certain, best = (alike.softmax(-1) * alike.softmax(-2)).max(-1)
-    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    cells = torch.stack([columns, rows], -1).flatten(0, 1).to(a)  # [h w, 2]
-    near = (cells[best][:, :, None] - cells).abs().amax(-1) <= 1  # [b, cell, cell]
-    weight = alike.masked_fill(~near, -torch.inf).softmax(-1)
-    size = torch.tensor([w, h]).to(a)
-    places = ((weight @ cells) + 0.5 - size / 2) / (max(h, w) / 2)
-    return torch.unflatten(torch.cat([places, certain[..., None]], -1).mT, -1, (h, w))
+    layers: list[Tensor]  # four times [B, S, T, 2D]
+    matches: Matches
+    size: Size  # of the images
 
 
-class MiniAggregator(Aggregator):
-    """The aggregator on patch tokens of local features, colour, place and match."""
+class PoseHead(CameraHead):
+    """Poses from camera and register tokens, and how far the solver's are to be trusted."""
 
     def __init__(self, config: MiniConfig) -> None:
-        assert config.patch_size == 16, config.patch_size
-        super().__init__(config, ConvEncoder())
-        self.proj = nn.Linear(4 * 64 + 3, config.embed_dim)
-        self.norm = nn.LayerNorm(config.embed_dim)
-        self.match = nn.Linear(2 * FACTS, config.embed_dim)
+        super().__init__(config)
+        D = config.embed_dim
+        self.trust_branch = nn.Sequential(nn.Linear(2 * D + 6, D), nn.GELU(), nn.Linear(D, 3))
 
-    def embed(self, images: Tensor, grid: Size) -> Tensor:  # [B, S, 3, H, W] -> [B, S, N, D]
-        B, S = images.shape[:2]
-        h, w = grid
-        images = images[..., : 16 * h, : 16 * w].flatten(0, 1)
-        local = self.patch_embed(images).unflatten(0, (B, S))
-        with torch.no_grad():
-            found = [matched_places(local[:, s], local[:, 0]) for s in range(S)]
-            own = matched_places(local[:, 0], local[:, 0])[:, None].expand(-1, S, -1, -1, -1)
-            match = torch.stack(found, 1)
-        facts = torch.cat([match, match - own], 2).flatten(0, 1)  # place, and how far it moved
-        look = torch.cat([F.pixel_unshuffle(local.flatten(0, 1), 2), F.avg_pool2d(images, 16)], 1)
-        tokens = self.norm(self.proj(look.flatten(2).mT))
-        tokens = tokens + self.match(F.pixel_unshuffle(facts, 2).flatten(2).mT)
-        blank = torch.zeros_like(tokens).mT.unflatten(-1, grid)
-        placed = add_positions(blank, w / h) * 10  # that is, at full strength
-        return torch.unflatten(tokens + placed.flatten(2).mT, 0, (B, S))
+    def look(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, S, 2D] and pose encodings [B, S, 9] of tokens [B, S, 1+R, 2D]."""
+        S = tokens.shape[1]
+        x = self.token_norm(tokens).flatten(1, 2)
+        for trunk_block in self.trunk:
+            x = trunk_block(x)
+        x = self.trunk_norm(x.unflatten(1, (S, -1))[:, :, 0])
+        pose = self.camera_branch(x)
+        return x, torch.cat([pose[..., :7], F.relu(pose[..., 7:]) + 0.01], -1)
+
+    def mix(
+        self, features: Tensor, pose: Tensor, solved: Tensor, solution: Solution
+    ) -> tuple[Tensor, Tensor]:
+        """Encodings [B, S, 9] between the head's and the solver's, and the solver's share [B, S].
+
+        Translation, rotation and field of view have a share each; the first is returned.
+        """
+        pose, agreement = pose.detach(), solution.agreement
+        q, p = (F.normalize(x[..., 3:7], dim=-1) for x in (pose, solved))
+        facts = [
+            agreement.mean((2, 3)),
+            agreement.amax(2).mean(-1),
+            agreement.mean((1, 2, 3))[:, None].expand(q.shape[:2]),
+            1 - (q * p).sum(-1).abs(),
+            (pose[..., :3] - solved[..., :3]).norm(dim=-1).clamp(max=5),
+            (pose[..., 7:] - solved[..., 7:]).mean(-1),
+        ]
+        trust = self.trust_branch(torch.cat([features, torch.stack(facts, -1)], -1)).sigmoid()
+        share = torch.repeat_interleave(trust, torch.tensor([3, 4, 2], device=trust.device), -1)
+        nearer = torch.where((q * p).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+        same = torch.cat([solved[..., :3], nearer * solved[..., 3:7], solved[..., 7:]], -1)
+        return pose + share * (same - pose), trust[..., 0]
 
 
-class Mini(Trunk):
+class Mini(nn.Module):
     """Our small network."""
 
     def __init__(self, config: MiniConfig) -> None:
-        super().__init__(config, MiniAggregator(config))
+        super().__init__()
+        assert config.patch_size == 16, config.patch_size
         self.config = config
+        D = config.embed_dim
+        self.aggregator = Aggregator(config, ConvEncoder())
+        self.look = nn.Linear(4 * 64 + 3, D)
+        self.look_norm = nn.LayerNorm(D)
+        self.match = nn.Linear(7, D)
+        self.camera_head = PoseHead(config)
+        self.dense_head = DenseHead(config)
         for module in self.modules():
             if isinstance(module, nn.Linear):
+                initialize(module)
                 nn.init.xavier_uniform_(module.weight)
         pose = self.camera_head.camera_branch[2]
         assert isinstance(pose, nn.Linear)
@@ -132,3 +165,86 @@ class Mini(Trunk):
             pose.weight.mul_(0.1)
             # Near the identity and 60 degrees from the first step on.
             pose.bias.copy_(torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1.0]))
+
+    def forward(self, images: Tensor, frames_per_chunk: int = 8) -> Outputs:
+        """Cameras and depth of images [B, S, 3, H, W] in [0, 1]."""
+        return self.read(self.aggregate(images), frames_per_chunk)
+
+    def aggregate(self, images: Tensor) -> Seen:
+        """The matches and the tokens of images [B, S, 3, H, W] in [0, 1]."""
+        B, S, _, H, W = images.shape
+        h, w = grid = (H // 16, W // 16)
+        with compute(self.look.weight):
+            pixels = normalized(images)[..., : 16 * h, : 16 * w].flatten(0, 1)
+            local = self.aggregator.patch_embed(pixels)
+            with full_precision(images), torch.no_grad():
+                matches = solver.find(local.float().unflatten(0, (B, S)))
+            look = torch.cat([F.pixel_unshuffle(local, 2), F.avg_pool2d(pixels, 16)], 1)
+            tokens = self.look_norm(self.look(look.flatten(2).mT))  # [B S, N, D]
+            placed = add_positions(torch.zeros_like(tokens).mT.unflatten(-1, grid), w / h)
+            tokens = tokens + placed.flatten(2).mT * 10  # at full strength
+            tokens = tokens.unflatten(0, (B, S)) + self.match(_in_first_frame(matches))
+            cached = self.aggregator.attend(tokens, grid)
+        return Seen([cached[i] for i in self.config.cached_layers], matches, (H, W))
+
+    def read(self, seen: Seen, frames_per_chunk: int = 8) -> Outputs:
+        """What the heads and the solver make of it; two passes of poses, before and after."""
+        special = 1 + self.config.registers
+        layers, matches, size = seen
+        tokens = layers[-1][:, :, :special]
+        dense = partial(self.dense_head, size=size)
+        with full_precision(tokens):
+            depth, confidence = by_frames(
+                dense, [layer[:, :, special:] for layer in layers], frames_per_chunk
+            )
+            features, pose = self.camera_head.look(tokens.float())
+            with torch.no_grad():
+                solution, change = _solved(matches, depth, pose, size)
+            mixed, trust = self.camera_head.mix(features, pose, _encoded(solution, size), solution)
+            change = change * trust.detach()[..., None, None]
+            depth = depth * F.interpolate(change, size, mode="bilinear").exp()
+        return Outputs(torch.stack([pose, mixed]), depth, confidence, tokens=tokens)
+
+
+def _solved(matches: Matches, depth: Tensor, pose: Tensor, size: Size) -> tuple[Solution, Tensor]:
+    """The solution in the scale of depth [B, S, H, W], and the change of log depth [B, S, h, w].
+
+    The change is that of the patches with matches that agree, smoothed over their neighbours.
+    """
+    h, w = grid = (size[0] // 16, size[1] // 16)
+    coarse = F.avg_pool2d(depth[..., : 16 * h, : 16 * w], 8).flatten(2).gather(2, matches.cell)
+    extrinsics, lenses = decode_pose(pose, (16 * h, 16 * w))
+    focal = lenses[..., 0, 0].mean(1) / (8 * max(grid))
+    # In the world of the first camera, which the head only nearly is.
+    extrinsics = compose(extrinsics, invert(extrinsics[:, :1]).expand_as(extrinsics))
+    found = solver.cameras(matches, coarse, (extrinsics[..., :3], extrinsics[..., 3]), focal, grid)
+    weight = found.agreement.amax(2)  # [B, S, N]
+    change = (found.depth / coarse).log()
+    scale = -(change * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-6)
+    found = found._replace(
+        translation=found.translation * scale.exp()[:, None, None],
+        depth=found.depth * scale.exp()[:, None, None],
+    )
+    change = (change + scale[:, None, None]).clamp(-1, 1)
+    smooth = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1)
+    total, count = (smooth(x.unflatten(-1, grid)) for x in (change * weight, weight))
+    return found, total / (count + 0.1)
+
+
+def _in_first_frame(matches: Matches) -> Tensor:
+    """[B, S, N, 7]: each patch's place in the first frame, certainty, own place, difference."""
+    there = (matches.target == 0)[..., None]  # [B, S, K, 1]
+    place = (matches.place * there[..., None]).sum(2)
+    certainty = (matches.certainty * there).sum(2)
+    place = torch.cat([matches.own[:, :1], place[:, 1:]], 1)
+    certainty = torch.cat([torch.ones_like(certainty[:, :1]), certainty[:, 1:]], 1)
+    return torch.cat([place, certainty[..., None], matches.own, place - matches.own], -1)
+
+
+def _encoded(solution: Solution, size: Size) -> Tensor:
+    """[B, S, 9] pose encodings of a solution, for images of that size."""
+    S = solution.depth.shape[1]
+    focal = solution.focal * (max(size) // 16 * 8)
+    lens = torch.diag_embed(torch.stack([focal, focal, torch.ones_like(focal)], -1))
+    extrinsics = torch.cat([solution.rotation, solution.translation[..., None]], -1)
+    return encode_pose(extrinsics, lens[:, None].expand(-1, S, -1, -1), size)

@@ -156,9 +156,13 @@ class Aggregator(nn.Module):
         return torch.unflatten(patches, 0, (B, S))
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:  # [B, S, 3, H, W] -> [B, S, T, 2D]
-        B, S, _, H, W = images.shape
+        H, W = images.shape[-2:]
         grid = (H // self.config.patch_size, W // self.config.patch_size)
-        patches = self.embed(normalized(images), grid)
+        return self.attend(self.embed(normalized(images), grid), grid)
+
+    def attend(self, patches: Tensor, grid: Size) -> dict[int, Tensor]:
+        """The cached layers [B, S, T, 2D] by their number, of patch tokens [B, S, N, D]."""
+        B, S = patches.shape[:2]
         tokens = with_special_tokens([self.camera_token, self.register_token], patches)
         special = 1 + self.config.registers
         rotate = self.rope_embed(grid, special)

@@ -1,0 +1,335 @@
+"""Cameras from matches: robust least squares over poses, depths and one focal length.
+
+What a large network finds by attention, the small one computes, from matches of its local
+features and its own first guess of depth. No gradient passes through.
+
+B sequences, S frames, K target frames of each, N patches, each with one cell of the features'
+grid. Places are (x, y) in halves of the images' longer side from the centre, and so is the focal
+length; lengths are in units of the guess. World is the first camera.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Pose = tuple[Tensor, Tensor]  # rotation [..., 3, 3] and translation [..., 3]
+Size = tuple[int, int]  # (rows, columns)
+
+SHARPNESS = 20.0  # of likeness: what the features are trained with
+FOCAL = 3**0.5  # 60 degrees along the longer side, until the matches know better
+STEPS = 10
+LOOSE, TIGHT = 0.4, 0.04  # scale of errors that are believed, in the first and in the last step
+DEPTH_DOUBT, FOCAL_DOUBT = 0.5, 0.2  # standard deviations of the guesses' logarithms
+NEAREST = 0.05  # depth before a camera
+
+
+class Matches(NamedTuple):
+    """For one cell of each patch its places in other frames."""
+
+    cell: Tensor  # [B, S, N] int64 which cell of its frame: the patch's surest
+    own: Tensor  # [B, S, N, 2] its place
+    target: Tensor  # [B, S, K] int64 frames
+    place: Tensor  # [B, S, K, N, 2] in the target
+    certainty: Tensor  # [B, S, K, N] in [0, 1]; 1: each other's only candidate
+
+
+class Solution(NamedTuple):
+    """Cameras, and the depth of the cells."""
+
+    rotation: Tensor  # [B, S, 3, 3] world-to-camera
+    translation: Tensor  # [B, S, 3]
+    depth: Tensor  # [B, S, N]
+    focal: Tensor  # [B]
+    agreement: Tensor  # [B, S, K, N] certainty, the less the worse the match fits
+
+
+class _Equations(NamedTuple):
+    """Normal equations of one step: of poses and focal length, and of depths, and both."""
+
+    pose: Tensor  # [B, S, L, L] of a frame, its K targets and the focal length: L = 6 K + 7
+    pose_right: Tensor  # [B, S, L]
+    mixed: Tensor  # [B, S, N, L]
+    depth: Tensor  # [B, S, N]
+    depth_right: Tensor  # [B, S, N]
+
+
+def find(local: Tensor, neighbours: int = 8) -> Matches:
+    """Matches of local features [B, S, C, h, w], h and w even, with at most so many frames each.
+
+    A match is the mean place of the cells around the most alike one, weighted by likeness.
+    """
+    B, S, _, h, w = local.shape
+    unit = F.normalize(local.float().flatten(3), dim=2)  # [B, S, C, cells]
+    places, around = _places(h, w).to(unit), _around(h, w).to(unit.device)
+    target = _targets(unit, (h, w), neighbours)
+    if S == 1:  # matches itself, without certainty
+        place, certainty = places.expand(B, 1, 1, -1, 2), unit.new_zeros(B, 1, 1, h * w)
+        return _surest(places, target, place, certainty, (h, w))
+    found, sure = [], []
+    for k in range(target.shape[2]):
+        other = unit[torch.arange(B)[:, None], target[:, :, k]]
+        alike = (unit.mT @ other * SHARPNESS).exp()  # [B, S, cells, cells]
+        mutual = alike.square() / alike.sum(-1, keepdim=True) / alike.sum(-2, keepdim=True)
+        certainty, best = mutual.max(-1)
+        spot = around[best]  # [B, S, cells, 9]
+        weight = alike.gather(-1, spot)[..., None]
+        found.append((weight * places[spot]).sum(-2) / weight.sum(-2))
+        sure.append(certainty)
+    return _surest(places, target, torch.stack(found, 2), torch.stack(sure, 2), (h, w))
+
+
+def _targets(unit: Tensor, grid: Size, neighbours: int) -> Tensor:
+    """[B, S, K] frames to match with: all others, or the two beside and the most alike."""
+    B, S = unit.shape[:2]
+    order = torch.arange(S, device=unit.device)
+    if neighbours + 1 >= S:
+        return (order[:, None] + order[min(1, S - 1) :]).remainder(S).expand(B, -1, -1)
+    coarse = F.avg_pool2d(unit.unflatten(3, grid).flatten(0, 1), 2).flatten(2).unflatten(0, (B, S))
+    coarse = F.normalize(coarse, dim=2)
+    alike = [(coarse[:, s : s + 1].mT @ coarse).amax(-1).mean(-1) for s in range(S)]
+    close = torch.stack(alike, 1)
+    close = close + close.mT
+    apart = (order[:, None] - order).abs()
+    close = close + 9.0 * (apart == 1) - 9.0 * (apart == 0)
+    return close.topk(neighbours, dim=-1).indices
+
+
+def _surest(
+    places: Tensor, target: Tensor, place: Tensor, certainty: Tensor, grid: Size
+) -> Matches:
+    """Of each patch of 2 x 2 cells the surest, from places and certainties of all cells."""
+    h, w = grid
+    B, S, K = target.shape
+    patches = F.pixel_unshuffle(torch.arange(h * w).view(1, h, w), 2).flatten(1).T  # [N, 4]
+    patches = patches.to(place.device)
+    best = certainty.sum(2)[..., patches].argmax(-1, keepdim=True)
+    cell = patches.expand(B, S, -1, -1).gather(-1, best)[..., 0]
+    every = cell[:, :, None].expand(-1, -1, K, -1)
+    place = place.gather(3, every[..., None].expand(-1, -1, -1, -1, 2))
+    return Matches(cell, places[cell], target, place, certainty.gather(3, every))
+
+
+def _places(h: int, w: int) -> Tensor:
+    """[h w, 2]: where cells lie."""
+    rows, columns = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+    xy = torch.stack([columns, rows], -1).flatten(0, 1)
+    return (xy - torch.tensor([w / 2, h / 2])) / (max(h, w) / 2)
+
+
+def _around(h: int, w: int) -> Tensor:
+    """[h w, 9] int64: the cells around each cell; beyond the border the nearest."""
+    step = torch.arange(-1, 2)
+    rows = (torch.arange(h)[:, None] + step).clamp(0, h - 1)  # [h, 3]
+    columns = (torch.arange(w)[:, None] + step).clamp(0, w - 1)
+    return (rows[:, None, :, None] * w + columns[None, :, None]).flatten(2).flatten(0, 1)
+
+
+def cameras(matches: Matches, depth: Tensor, pose: Pose, focal: Tensor, grid: Size) -> Solution:
+    """The best of three solutions: from the guessed cameras, from guessed depth, from neither.
+
+    depth: [B, S, N] at the cells; pose, focal: guesses [B, S, ...] and [B]; grid: (rows, columns)
+    of patches.
+    """
+    B = len(depth)
+    flat = depth.flatten(1).median(1).values[:, None, None].expand_as(depth)
+    usual = torch.full_like(focal, FOCAL)
+    depths, focals = torch.cat([depth, depth, flat]), torch.cat([focal, usual, usual])
+    thrice = Matches(*(x.repeat(3, *[1] * (x.ndim - 1)) for x in matches))
+    trees = start(Matches(*(x[B:] for x in thrice)), depths[B:], focals[B:], grid)
+    poses = (torch.cat([pose[0], trees[0]]), torch.cat([pose[1], trees[1]]))
+    found = solve(thrice, depths, focals, poses)
+    # Where they explain the matches equally well, the one that is nearest to the guess.
+    fit = found.agreement.sum((1, 2, 3)).view(3, B) * depth.new_tensor([[1.0], [0.99], [0.98]])
+    best = fit.argmax(0) * B + torch.arange(B, device=fit.device)
+    return Solution(*(x[best] for x in found))
+
+
+def rays(place: Tensor, focal: Tensor) -> Tensor:
+    """Directions [B, ..., 3] with z = 1 through places [B, ..., 2], focal [B]."""
+    return F.pad(place / focal.view(-1, *[1] * (place.ndim - 1)), (0, 1), value=1.0)
+
+
+def start(matches: Matches, depth: Tensor, focal: Tensor, grid: Size) -> Pose:
+    """Poses along the tree of the best pairs: each moves matched points rigidly onto another's."""
+    B, S, K, _ = matches.certainty.shape
+    every, target = torch.arange(B)[:, None, None], matches.target
+    # Twice the place, for each axis in halves of its own side, is what grid_sample asks for.
+    scale = max(grid) / torch.tensor(grid[::-1]).to(depth)
+    there = F.grid_sample(
+        depth.unflatten(-1, grid)[every, target].flatten(0, 2)[:, None],
+        (matches.place * scale).flatten(0, 2)[:, None],
+        mode="nearest",
+        padding_mode="border",
+        align_corners=False,
+    )[:, 0, 0].unflatten(0, (B, S, K))
+    a = (rays(matches.own, focal) * depth[..., None])[:, :, None].expand(-1, -1, K, -1, -1)
+    b = rays(matches.place, focal) * there[..., None]
+    sure = _trust(matches.certainty)
+    weight = sure
+    for i in range(6):
+        rotation, translation = _rigid(a, b, weight)
+        error = (b - a @ rotation.mT - translation[..., None, :]).norm(dim=-1) / b.norm(dim=-1)
+        fit = sure * torch.exp(-((error / 0.25) ** 2)) + 1e-9
+        weight = sure / (error + 0.05) if i < 2 else fit
+    source = torch.arange(S, device=depth.device)[None, :, None].expand_as(target)
+    quality = depth.new_zeros(B, S, S).index_put((every, target, source), fit.sum(-1))
+    turn = torch.eye(3).to(depth).repeat(B, S, S, 1, 1)
+    turn[every, target, source] = rotation
+    move = depth.new_zeros(B, S, S, 3).index_put((every, target, source), translation)
+    return _along_tree(quality, turn, move)
+
+
+def _along_tree(quality: Tensor, turn: Tensor, move: Tensor) -> Pose:
+    """Poses from the first frame along the tree of the best pairs [b, target, source]."""
+    B, S = quality.shape[:2]
+    back = turn.transpose(1, 2).mT
+    back_move = -(back @ move.transpose(1, 2)[..., None])[..., 0]
+    other = quality.mT > quality  # the pair seen from its other side
+    turn = torch.where(other[..., None, None], back, turn)
+    move = torch.where(other[..., None], back_move, move)
+    quality = torch.maximum(quality, quality.mT)
+    R, t = turn.new_zeros(B, S, 3, 3) + torch.eye(3).to(turn), turn.new_zeros(B, S, 3)
+    placed = torch.zeros(B, S, dtype=torch.bool, device=turn.device)
+    placed[:, 0] = True
+    every = torch.arange(B)
+    for _ in range(S - 1):
+        leads_on = placed[:, None] & ~placed[:, :, None]
+        best = quality.masked_fill(~leads_on, -1.0).flatten(1).argmax(1)
+        new, old = best // S, best % S
+        step = turn[every, new, old]
+        t[every, new] = (step @ t[every, old][..., None])[..., 0] + move[every, new, old]
+        R[every, new] = step @ R[every, old]
+        placed[every, new] = True
+    return R, t
+
+
+def _trust(certainty: Tensor) -> Tensor:
+    return torch.where(certainty > 0.05, certainty, 0.1 * certainty) + 1e-6
+
+
+def _rigid(a: Tensor, b: Tensor, weight: Tensor) -> Pose:
+    """The motion that brings points a [..., N, 3] nearest to b: Kabsch's."""
+    weight = (weight / weight.sum(-1, keepdim=True))[..., None]
+    middle_a, middle_b = (weight * a).sum(-2, keepdim=True), (weight * b).sum(-2, keepdim=True)
+    # Equal points have no rotation; the shift makes it the identity.
+    spread = ((b - middle_b) * weight).mT @ (a - middle_a) + 1e-9 * torch.eye(3).to(a)
+    u, _, v = torch.linalg.svd(spread)
+    sign = torch.ones_like(u[..., 0])
+    sign[..., 2] = torch.det(u @ v)
+    rotation = (u * sign[..., None, :]) @ v
+    return rotation, (middle_b - middle_a @ rotation.mT)[..., 0, :]
+
+
+def solve(matches: Matches, depth: Tensor, focal: Tensor, pose: Pose) -> Solution:
+    """Gauss-Newton steps from `pose`, a guess of depth [B, S, N] and one of the focal length [B].
+
+    Errors beyond a scale that shrinks from step to step lose their say (Geman-McClure).
+    """
+    R, t = pose
+    guess = log_depth, log_focal = depth.log(), focal.log()
+    for i in range(STEPS):
+        scale = LOOSE * (TIGHT / LOOSE) ** (i / (STEPS - 1))
+        equations, _ = _linearized(matches, (R, t), log_depth, log_focal, scale)
+        wrong = log_depth - guess[0], log_focal - guess[1]
+        step, deeper = _step(equations, matches.target, wrong)
+        by, longer = step[:, :-1].unflatten(1, (-1, 6)), step[:, -1]
+        by = by * (0.5 / by[..., :3].norm(dim=-1, keepdim=True).clamp(min=0.5))
+        rotate = _rotation(by[..., :3])
+        R, t = rotate @ R, (rotate @ t[..., None])[..., 0] + by[..., 3:]
+        log_depth = log_depth + deeper.clamp(-0.7, 0.7)
+        log_focal = log_focal + longer.clamp(-0.2, 0.2)
+    _, fit = _linearized(matches, (R, t), log_depth, log_focal, TIGHT)
+    return Solution(R, t, log_depth.exp(), log_focal.exp(), matches.certainty * fit)
+
+
+def _linearized(
+    matches: Matches, pose: Pose, log_depth: Tensor, log_focal: Tensor, scale: float
+) -> tuple[_Equations, Tensor]:
+    """The equations of one step, and how well each match fits, [B, S, K, N] in [0, 1]."""
+    R, t = pose
+    f = log_focal.exp()
+    B, S, K, N = matches.certainty.shape
+    every = torch.arange(B)[:, None, None]
+    x = (rays(matches.own, f) * log_depth.exp()[..., None])[:, :, None]  # [B, S, 1, N, 3]
+    turn = R[every, matches.target] @ R[:, :, None].mT  # [B, S, K, 3, 3] own to target
+    move = t[every, matches.target] - (turn @ t[:, :, None, :, None])[..., 0]
+    y = x @ turn.mT + move[..., None, :]  # in the target
+    z = y[..., 2].clamp(min=NEAREST)
+    f = f[:, None, None, None]
+    seen = (f / z)[..., None] * y[..., :2]
+    error = seen - matches.place
+    fit = (y[..., 2] > NEAREST) / (1 + error.square().sum(-1) / scale**2) ** 2
+    weight = (_trust(matches.certainty) * fit)[..., None, None]
+    # Derivatives of the place in the target, by the point there and by all that moves it; the
+    # gradient by a turn about the origin is the cross product of point and gradient.
+    sides = torch.eye(2).to(y).expand(*y.shape[:-1], 2, 2)
+    by_y = torch.cat([sides, -(y[..., :2] / z[..., None])[..., None]], -1)
+    by_y = by_y * (f / z)[..., None, None]  # [B, S, K, N, 2, 3]
+    by_x = (by_y.flatten(3, 4) @ turn).unflatten(3, (N, 2))
+    x, y = x.expand_as(y)[..., None, :].expand_as(by_x), y[..., None, :].expand_as(by_y)
+    rows = y.new_zeros(B, S, K, N, 2, 6 * K + 7)
+    rows[..., :3], rows[..., 3:6] = torch.linalg.cross(by_x, x), -by_x
+    by_target = torch.cat([torch.linalg.cross(y, by_y), by_y], -1)
+    for k in range(K):
+        rows[:, :, k, :, :, 6 * k + 6 : 6 * k + 12] = by_target[:, :, k]
+    rows[..., -1] = seen - (by_x * x)[..., :2].sum(-1)
+    by_depth = (by_x * x).sum(-1, keepdim=True)  # [B, S, K, N, 2, 1]
+    heavy, error = rows * weight, error[..., None]
+    equations = _Equations(
+        heavy.flatten(2, 4).mT @ rows.flatten(2, 4),
+        (heavy * error).sum((2, 3, 4)),
+        (heavy * by_depth).sum((2, 4)),
+        (weight * by_depth.square()).sum((2, 4, 5)),
+        (weight * by_depth * error).sum((2, 4, 5)),
+    )
+    return equations, fit
+
+
+def _step(
+    equations: _Equations, target: Tensor, wrong: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Steps [B, 6 S + 1] of poses (turn, move) and log focal, and [B, S, N] of log depth.
+
+    wrong: how far log depth and log focal are from their guesses. The first camera stays.
+    """
+    B, S = target.shape[:2]
+    strength = 0.05 * (TIGHT / DEPTH_DOUBT) ** 2
+    depth = equations.depth + strength
+    depth_right = equations.depth_right + strength * wrong[0]
+    mixed = equations.mixed
+    reduced = equations.pose - (mixed / depth[..., None]).mT @ mixed
+    right = equations.pose_right - (mixed * (depth_right / depth)[..., None]).sum(2)
+    frames = torch.cat([torch.arange(S, device=target.device).expand(B, S)[..., None], target], -1)
+    slot = (frames[..., None] * 6 + torch.arange(6, device=target.device)).flatten(2)
+    slot = F.pad(slot, (0, 1), value=6 * S)  # [B, S, L]: whose unknowns each frame's are
+    G = 6 * S + 1
+    pairs = (slot[..., None] * G + slot[..., None, :]).flatten(1)
+    whole = right.new_zeros(B, G * G).scatter_add(1, pairs, reduced.flatten(1)).view(B, G, G)
+    sides = right.new_zeros(B, G).scatter_add(1, slot.flatten(1), right.flatten(1))
+    strength = S * (TIGHT / FOCAL_DOUBT) ** 2
+    whole[:, -1, -1] += strength
+    sides[:, -1] += strength * wrong[1]
+    free = whole[:, 6:, 6:]
+    free = free + torch.diag_embed(1e-3 * torch.diagonal(free, dim1=-2, dim2=-1) + 1e-6)
+    step = F.pad(-torch.linalg.solve(free, sides[:, 6:]), (6, 0))
+    own = step.gather(1, slot.flatten(1)).view(B, S, -1, 1)
+    return step, -(depth_right + (mixed @ own)[..., 0]) / depth
+
+
+def _cross(v: Tensor) -> Tensor:
+    """[..., 3, 3]: the matrix of the cross product with v [..., 3]."""
+    x, y, z = v.unbind(-1)
+    o = torch.zeros_like(x)
+    return torch.unflatten(torch.stack([o, -z, y, z, o, -x, -y, x, o], -1), -1, (3, 3))
+
+
+def _rotation(v: Tensor) -> Tensor:
+    """[..., 3, 3]: turns about v [..., 3] by its length in radians (Rodrigues)."""
+    angle = v.norm(dim=-1)[..., None, None].clamp(min=1e-9)
+    axis = _cross(v) / angle
+    turn: Tensor = torch.eye(3).to(v) + angle.sin() * axis + (1 - angle.cos()) * axis @ axis
+    return turn

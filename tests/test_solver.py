@@ -1,0 +1,161 @@
+"""The solver inside mini: exact on exact matches, unmoved by wrong ones, at ease with few frames."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from vggt_cli.models import solver
+from vggt_cli.models.solver import Matches
+
+GRID = (6, 8)
+FOCAL = 1.5
+
+
+def scene(frames: int, seed: int = 0) -> tuple[Matches, Tensor, Tensor, Tensor]:
+    """Exact matches of a bumpy wall, its depths [1, S, N], rotations and translations."""
+    random = torch.Generator().manual_seed(seed)
+    N = GRID[0] * GRID[1]
+    own = torch.stack([_cells() for _ in range(frames)])[None]  # [1, S, N, 2]
+    spin = 0.25 * torch.randn(frames, 3, generator=random)
+    spin[0] = 0
+    R = torch.stack([_turn(v) for v in spin])[None]
+    depth = 2 + torch.rand(1, frames, N, generator=random)
+    # The wall is before every camera: they turn about a point three units away.
+    middle = torch.tensor([0.0, 0.0, 3.0])
+    t = middle - (R @ middle[:, None])[..., 0] + 0.1 * torch.randn(1, frames, 3, generator=random)
+    t[:, 0] = 0
+    rays = F.pad(own / FOCAL, (0, 1), value=1.0) * depth[..., None]
+    world = (rays - t[:, :, None]) @ R  # [1, S, N, 3]
+    order = torch.arange(frames)
+    target = (order[:, None] + order[1:]).remainder(frames)[None]  # [1, S, K]
+    seen = world[:, :, None] @ R[0, target].mT + t[0, target][..., None, :]
+    place = FOCAL * seen[..., :2] / seen[..., 2:]
+    assert seen[..., 2].min() > 0.5
+    cell = torch.arange(N).expand(1, frames, N)
+    certainty = torch.ones(1, frames, frames - 1, N)
+    return Matches(cell, own, target, place, certainty), depth, R, t
+
+
+def _cells() -> Tensor:
+    h, w = GRID
+    rows, columns = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+    return (torch.stack([columns, rows], -1).flatten(0, 1) - torch.tensor([w / 2, h / 2])) / 4
+
+
+def _turn(v: Tensor) -> Tensor:
+    x, y, z = v.tolist()
+    return torch.linalg.matrix_exp(torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]]))
+
+
+def degrees(a: Tensor, b: Tensor) -> float:
+    """The largest angle between rotations."""
+    cosine = (torch.diagonal(a.mT @ b, dim1=-2, dim2=-1).sum(-1) - 1) / 2
+    return math.degrees(float(cosine.clamp(-1, 1).acos().max()))
+
+
+def directions(a: Tensor, b: Tensor) -> float:
+    """The largest angle in degrees between translations of the frames after the first."""
+    cosine = F.cosine_similarity(a[:, 1:], b[:, 1:], dim=-1)
+    return math.degrees(float(cosine.clamp(-1, 1).acos().max()))
+
+
+def still(like: Tensor) -> solver.Pose:
+    B, S = like.shape[:2]
+    return torch.eye(3).expand(B, S, 3, 3), torch.zeros(B, S, 3)
+
+
+@pytest.mark.parametrize("frames", [2, 3, 6])
+def test_exact_matches_and_depths_give_the_cameras(frames: int) -> None:
+    matches, depth, R, t = scene(frames)
+    found = solver.cameras(matches, depth, still(depth), torch.tensor([FOCAL]), GRID)
+    assert degrees(found.rotation, R) < 0.5
+    assert directions(found.translation, t) < 1
+    assert_close(found.focal, torch.tensor([FOCAL]), rtol=0.02, atol=0)
+    scale = (depth / found.depth).median()  # guessed, not measured
+    assert 0.8 < float(scale) < 1.25
+    assert_close(found.depth * scale, depth, rtol=0.03, atol=0)
+    assert found.agreement.min() > 0.95
+
+
+def test_without_depth_the_cameras_are_found_all_the_same() -> None:
+    matches, depth, R, t = scene(4, seed=1)
+    flat = torch.full_like(depth, 2.5)
+    found = solver.cameras(matches, flat, still(depth), torch.tensor([solver.FOCAL]), GRID)
+    assert degrees(found.rotation, R) < 5
+    assert directions(found.translation, t) < 10
+    assert abs(float(found.focal) / FOCAL - 1) < 0.1
+
+
+def test_wrong_matches_hardly_matter_and_are_known_afterwards() -> None:
+    matches, depth, R, t = scene(4, seed=2)
+    random = torch.Generator().manual_seed(0)
+    wrong = torch.rand(matches.certainty.shape, generator=random) < 0.3
+    anywhere = 2 * torch.rand(matches.place.shape, generator=random) - 1
+    matches = matches._replace(place=torch.where(wrong[..., None], anywhere, matches.place))
+    noisy = depth * torch.exp(0.1 * torch.randn(depth.shape, generator=random))
+    found = solver.cameras(matches, noisy, still(depth), torch.tensor([FOCAL]), GRID)
+    assert degrees(found.rotation, R) < 2
+    assert directions(found.translation, t) < 4
+    assert found.agreement[wrong].mean() < 0.2
+    assert found.agreement[~wrong].mean() > 0.8
+
+
+def test_the_first_camera_is_the_world() -> None:
+    matches, depth, *_ = scene(3)
+    found = solver.cameras(matches, depth, still(depth), torch.tensor([FOCAL]), GRID)
+    assert torch.equal(found.rotation[:, 0], torch.eye(3)[None])
+    assert torch.equal(found.translation[:, 0], torch.zeros(1, 3))
+
+
+def test_sequences_of_a_batch_do_not_touch_each_other() -> None:
+    a, b = scene(3, seed=3), scene(3, seed=4)
+    matches = Matches(*(torch.cat(x) for x in zip(a[0], b[0], strict=True)))
+    depth = torch.cat([a[1], b[1]])
+    focal = torch.full((2,), FOCAL)
+    both = solver.cameras(matches, depth, still(depth), focal, GRID)
+    one = solver.cameras(b[0], b[1], still(b[1]), focal[:1], GRID)
+    assert_close(both.rotation[1:], one.rotation, atol=1e-3, rtol=0)
+    assert_close(both.translation[1:], one.translation, atol=2e-3, rtol=0)
+
+
+def test_one_frame_stays_where_it_is() -> None:
+    matches = solver.find(torch.randn(2, 1, 8, 6, 8, generator=torch.Generator().manual_seed(0)))
+    depth = torch.full((2, 1, 12), 2.0)
+    found = solver.cameras(matches, depth, still(depth), torch.full((2,), FOCAL), (3, 4))
+    assert_close(found.rotation, torch.eye(3).expand(2, 1, 3, 3))
+    assert found.translation.abs().max() == 0
+    assert_close(found.depth, depth)
+    assert found.agreement.max() == 0
+
+
+def test_matches_of_a_frame_that_moved_are_where_it_came_from() -> None:
+    first = torch.randn(1, 64, 6, 8, generator=torch.Generator().manual_seed(0))
+    moved = first.roll((2, 4), (2, 3))  # two cells down, four to the right: one patch, two patches
+    matches = solver.find(torch.stack([first, moved], 1))
+    back, on = matches.place[0, 1, 0], matches.own[0, 1]
+    row, column = matches.cell[0, 1] // 8, matches.cell[0, 1] % 8
+    stays = (row >= 2) & (column >= 4)
+    shift = torch.tensor([4.0, 2.0]) / 4  # halves of eight cells
+    assert_close(back[stays], on[stays] - shift, atol=2e-3, rtol=0)
+    assert matches.certainty[0, 1, 0, stays].min() > 0.95
+    assert torch.equal(matches.target[0], torch.tensor([[1], [0]]))
+
+
+def test_what_is_nowhere_else_has_no_certain_match() -> None:
+    random = torch.Generator().manual_seed(0)
+    matches = solver.find(torch.randn(1, 2, 64, 6, 8, generator=random))
+    assert matches.certainty.median() < 0.5
+
+
+def test_of_many_frames_the_most_alike_are_matched_and_those_beside() -> None:
+    random = torch.Generator().manual_seed(0)
+    places = torch.randn(3, 16, 6, 8, generator=random)
+    local = places[[0, 1, 2, 0, 1, 2, 0, 1, 2]][None]  # every third frame is the same
+    matches = solver.find(local, neighbours=4)
+    assert matches.target.shape == (1, 9, 4)
+    assert set(matches.target[0, 4].tolist()) == {3, 5, 1, 7}
+    assert set(matches.target[0, 0].tolist()) >= {1, 3, 6}
