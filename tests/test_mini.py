@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from vggt_cli.geometry import decode_pose
-from vggt_cli.models.mini import Mini, MiniConfig, matched_places
+from vggt_cli.models.mini import Mini, MiniConfig
 from vggt_cli.models.networks import CONFIGS, build
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -88,20 +88,3 @@ def test_the_published_local_features_fill_the_encoder() -> None:
     assert {k: v.shape for k, v in state.items()} == {k: shapes[k] for k in state}
     convolutions = {k for k in shapes if len(shapes[k]) == 4}
     assert convolutions <= set(state)
-
-
-def test_matches_of_a_frame_that_moved_are_where_it_came_from() -> None:
-    first = torch.randn(1, 64, 6, 8, generator=torch.Generator().manual_seed(0))
-    moved = first.roll((1, 2), (2, 3))  # one cell down, two to the right
-    own, found = matched_places(first, first)[0], matched_places(moved, first)[0]
-    # The centre is 0 and the longer side goes from -1 to 1.
-    assert_close(own[0, 0], (torch.arange(8) + 0.5) / 4 - 1, atol=1e-3, rtol=0)
-    assert_close(own[1, :, 0], (torch.arange(6) + 0.5 - 3) / 4, atol=1e-3, rtol=0)
-    assert_close(found[:, 1:, 2:], own[:, :-1, :-2], atol=1e-3, rtol=0)
-    assert found[2].min() > 0.99
-
-
-def test_what_is_not_in_the_first_frame_has_no_certain_match() -> None:
-    random = torch.Generator().manual_seed(0)
-    first, other = torch.randn(2, 1, 64, 6, 8, generator=random)
-    assert matched_places(other, first)[0, 2].median() < 0.5

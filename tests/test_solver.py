@@ -1,4 +1,4 @@
-"""The solver inside mini: exact on exact matches, unmoved by wrong ones, at ease with few frames."""
+"""The solver inside mini: exact on exact matches, hardly moved by wrong ones."""
 
 import math
 
@@ -48,7 +48,8 @@ def _cells() -> Tensor:
 
 def _turn(v: Tensor) -> Tensor:
     x, y, z = v.tolist()
-    return torch.linalg.matrix_exp(torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]]))
+    turn: Tensor = torch.linalg.matrix_exp(torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]]))
+    return turn
 
 
 def degrees(a: Tensor, b: Tensor) -> float:

@@ -24,6 +24,7 @@ class Part(enum.StrEnum):
 
     encoder = "encoder"
     aggregator = "aggregator"
+    rest = "all-but-encoder"
     nothing = "nothing"
 
 

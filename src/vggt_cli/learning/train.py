@@ -43,6 +43,7 @@ from vggt_cli.reconstruction.pipeline import Progress, silent
 log = logging.getLogger(__name__)
 
 PARTS = {"encoder": "aggregator.patch_embed", "aggregator": "aggregator"}  # that can be frozen
+REST = "all-but-encoder"
 HEADS = ("point", "track", "text")  # all are loaded, so that the file at the end has them
 # What a run may change where it goes on, because no number of the result depends on it.
 FREE = {"out", "max_minutes", "checkpointing", "save_minutes", "look_steps", "workers"}
@@ -205,20 +206,24 @@ def _network(init: str | None, device: torch.device) -> tuple[str, Network]:
     folder = store.bundled()
     assert folder is not None  # it comes with the tool
     start = load_file(folder / "encoder.safetensors")
-    fresh.aggregator.patch_embed.load_state_dict({k: v.float() for k, v in start.items()})
+    state = {k: v.float() for k, v in start.items()}
+    fresh.aggregator.patch_embed.load_state_dict(state, strict=False)  # XFeat knows no colours
     return "mini", fresh.to(device)
 
 
 def freeze(network: Network, names: tuple[str, ...] | None = None) -> None:
     """Sets everything to be trained but the parts of those names; without, but mini's encoder.
 
-    The local features that mini starts from stay as they are: it costs less and forgets nothing.
+    mini's encoder learns alone, before the rest: that costs less, and matches decide the rest.
     """
     network.train().requires_grad_(True)
     if names is None:
         names = ("encoder",) if isinstance(network, Mini) else ()
     for name in names:
-        network.get_submodule(PARTS[name]).eval().requires_grad_(False)
+        part = network if name == REST else network.get_submodule(PARTS[name])
+        part.eval().requires_grad_(False)
+    if REST in names:
+        network.aggregator.patch_embed.train().requires_grad_(True)
 
 
 def groups(network: Network, teacher: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
