@@ -192,9 +192,8 @@ OWN = Path(__file__).parent / "golden" / "networks.safetensors"  # made by golde
 
 def own_outputs(config: OmegaConfig | VGGTConfig) -> dict[str, Tensor]:
     """float64 outputs of a small network with `own_fill` on made-up images, tracks included."""
-    network: VGGT | VGGTOmega = (
-        VGGT(config) if isinstance(config, VGGTConfig) else VGGTOmega(config)
-    )
+    network = build(config)
+    assert not isinstance(network, Mini)
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     network.load_state_dict(own_fill(shapes), strict=False)
     network.double().eval()
