@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vggt_cli.models.mini import Mini
+from vggt_cli.models.networks import build
 from vggt_cli.models.omega import OmegaConfig
 from vggt_cli.models.tracker import TrackConfig
 from vggt_cli.models.vggt import VGGT, VGGTConfig
