@@ -177,7 +177,7 @@ def _hills(world: World, origin: Tensor, direction: Tensor, limit: Tensor) -> Te
     low, end = start[ray], end[ray]
     length, high = end - low, torch.full_like(end, FAR)
     start = low
-    for part in torch.linspace(0, 1, 25)[1:].square().tolist():
+    for part in torch.linspace(0, 1, 33)[1:].square().tolist():
         t = start + part * length
         searching = high == FAR
         below = searching & (gap(t) < 0)
