@@ -16,6 +16,7 @@ from wall import EVERYTHING, wall
 
 from vggt_cli.errors import OutputError
 from vggt_cli.formats import colmap, export
+from vggt_cli.formats.images import frame_of
 from vggt_cli.reconstruction.fuse import fuse
 from vggt_cli.scene import Photo, Provenance, Scene
 
@@ -77,6 +78,16 @@ def test_the_folder_holds_what_the_design_says(scene: Scene, tmp_path: Path) -> 
 
 
 PARTS = ("cameras", "images", "points3D")
+
+
+def test_depth_maps_are_those_of_the_network_without_padding(scene: Scene, tmp_path: Path) -> None:
+    export.write(scene, tmp_path / "out", ["depth"])
+    for frame, name in enumerate(("a_1.png", "in__a_1.png", "B.jpg", "c.jpg")):
+        found = np.load(tmp_path / f"out/depth/{name}.npy")
+        rows, columns = frame_of(scene.images, frame)
+        assert found.dtype == np.float16
+        true = scene.prediction.depth[frame, rows, columns]
+        np.testing.assert_allclose(found, true, rtol=1e-3)
 
 
 def test_images_are_the_files_described_upright(scene: Scene, tmp_path: Path) -> None:
