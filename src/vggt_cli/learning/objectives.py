@@ -176,7 +176,8 @@ def omega_terms(
 def _mini(network: Mini, teacher: Teacher, batch: Batch) -> tuple[Terms, Terms]:
     """Mini's camera, depth, point and matching terms, and their parts.
 
-    The head's poses count whole, those mixed with the solver's half: they teach whom to trust.
+    The heads learn before the solver, which needs their guess most where it is not sure itself;
+    after it poses count half, and teach whom to trust.
     Where the encoder alone learns, it does so from matches of its features.
     """
     B, S = batch.pixels.shape[:2]
@@ -189,25 +190,21 @@ def _mini(network: Mini, teacher: Teacher, batch: Batch) -> tuple[Terms, Terms]:
     # The short sequences of training go through the plain kernel faster than through the fused.
     with torch.autocast(batch.pixels.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         seen = network.aggregate(batch.pixels)
-    outputs = network.read(seen, B * S)
+    guess = network.guess(seen, B * S)
+    pose, _ = network.settle(seen, guess)
     patches = seen.layers[-1][:, :, 1 + network.config.registers :]
     with full_precision(patches):
-        head, mixed = (losses.camera_parts(pose, batch.truth) for pose in outputs.pose_passes)
-        depth = losses.depth_parts(outputs.depth, outputs.confidence, batch.truth)
+        head, settled = (losses.camera_parts(p, batch.truth) for p in (guess.pose, pose))
+        depth = losses.depth_parts(guess.depth, guess.confidence, batch.truth)
         true, valid = losses.patch_points(batch.truth, patch)
         points = teacher.points(patches).unflatten(2, true.shape[2:4])
         point = (points - true).abs().clamp(max=10)[valid].mean()
         matching, found = losses.matching_loss(teacher.features(patches), batch.truth, patch)
-    camera = losses.camera_sum(head) + 0.5 * losses.camera_sum(mixed)
+    camera = losses.camera_sum(head) + 0.5 * losses.camera_sum(settled)
     own = {"point": point, "matching": matching}
-    first = {f"first {name}": value for name, value in head.items()}
-    return {"camera": camera, "depth": _sum(depth), **own}, {
-        **mixed,
-        **first,
-        **depth,
-        **own,
-        "found": found,
-    }
+    last = {f"settled {name}": value for name, value in settled.items()}
+    parts = {**head, **last, **depth, **own, "found": found}
+    return {"camera": camera, "depth": _sum(depth), **own}, parts
 
 
 def _sum(parts: Terms) -> Tensor:

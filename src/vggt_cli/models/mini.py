@@ -99,6 +99,15 @@ class Seen(NamedTuple):
     size: Size  # of the images
 
 
+class Guess(NamedTuple):
+    """What the heads say before the solver has spoken."""
+
+    depth: Tensor  # [B, S, H, W]
+    confidence: Tensor  # [B, S, H, W]
+    features: Tensor  # [B, S, 2D] of the camera tokens
+    pose: Tensor  # [B, S, 9] pose encodings
+
+
 class PoseHead(CameraHead):
     """Poses from camera and register tokens, and how far the solver's are to be trusted."""
 
@@ -189,21 +198,31 @@ class Mini(nn.Module):
 
     def read(self, seen: Seen, frames_per_chunk: int = 8) -> Outputs:
         """What the heads and the solver make of it; two passes of poses, before and after."""
+        guess = self.guess(seen, frames_per_chunk)
+        pose, depth = self.settle(seen, guess)
+        tokens = seen.layers[-1][:, :, : 1 + self.config.registers]
+        passes = torch.stack([guess.pose, pose])
+        return Outputs(passes, depth, guess.confidence, tokens=tokens)
+
+    def guess(self, seen: Seen, frames_per_chunk: int = 8) -> Guess:
+        """What the heads say."""
         special = 1 + self.config.registers
-        layers, matches, size = seen
-        tokens = layers[-1][:, :, :special]
-        dense = partial(self.dense_head, size=size)
-        with full_precision(tokens):
-            depth, confidence = by_frames(
-                dense, [layer[:, :, special:] for layer in layers], frames_per_chunk
-            )
-            features, pose = self.camera_head.look(tokens.float())
+        dense = partial(self.dense_head, size=seen.size)
+        with full_precision(seen.layers[-1]):
+            patches = [layer[:, :, special:] for layer in seen.layers]
+            depth, confidence = by_frames(dense, patches, frames_per_chunk)
+            features, pose = self.camera_head.look(seen.layers[-1][:, :, :special].float())
+        return Guess(depth, confidence, features, pose)
+
+    def settle(self, seen: Seen, guess: Guess) -> tuple[Tensor, Tensor]:
+        """Pose encodings [B, S, 9] and depth [B, S, H, W] between the heads' and the solver's."""
+        with full_precision(guess.depth):
             with torch.no_grad():
-                solution, change = _solved(matches, depth, pose, size)
-            mixed, trust = self.camera_head.mix(features, pose, _encoded(solution, size), solution)
+                solution, change = _solved(seen.matches, guess.depth, guess.pose, seen.size)
+                solved = _encoded(solution, seen.size)
+            pose, trust = self.camera_head.mix(guess.features, guess.pose, solved, solution)
             change = change * trust.detach()[..., None, None]
-            depth = depth * F.interpolate(change, size, mode="bilinear").exp()
-        return Outputs(torch.stack([pose, mixed]), depth, confidence, tokens=tokens)
+            return pose, guess.depth * F.interpolate(change, seen.size, mode="bilinear").exp()
 
 
 def _solved(matches: Matches, depth: Tensor, pose: Tensor, size: Size) -> tuple[Solution, Tensor]:
