@@ -12,7 +12,7 @@ from vggt_cli.geometry import encode_pose
 from vggt_cli.learning import synthetic
 from vggt_cli.learning.evaluate import Row, evaluate
 from vggt_cli.learning.metrics import relative_pose_errors
-from vggt_cli.learning.train import FIRST_SEED
+from vggt_cli.learning.stream import FIRST_SEED
 from vggt_cli.models.layers import Outputs
 from vggt_cli.models.networks import Network
 
