@@ -1,6 +1,8 @@
 """`vggt train` and `vggt evaluate`, for real and short."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from typer.testing import CliRunner
 from vggt_cli.cli import app
 from vggt_cli.models import weights
 
-SMALL = ("--frames", "2", "2", "--batch-frames", "2", "--pixels", "64", "--workers", "0")
+SMALL = ("--frames", "2", "2", "--batch-frames", "2", "--pixels", "64")
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +65,13 @@ def test_a_run_without_a_folder_is_refused() -> None:
 
 def test_an_interrupted_command_saves_first(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vggt_cli", "train", "--out", str(tmp_path), *SMALL, "-q"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as running:
         while not (tmp_path / "config.json").exists() and running.poll() is None:
             time.sleep(0.1)
-        running.terminate()
+        time.sleep(1)  # its worker has started
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does, and torchrun
         _, words = running.communicate(timeout=120)
     assert running.returncode == 130
     assert words == "interrupted\n"

@@ -23,11 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vggt_cli.errors import InputError, OutputError
-from vggt_cli.learning import journal, objectives, synthetic, train
+from vggt_cli.learning import journal, synthetic, train
 from vggt_cli.learning.journal import Journal
+from vggt_cli.learning.objectives import objective
 from vggt_cli.learning.stream import Data
 from vggt_cli.learning.train import TrainConfig
-from vggt_cli.models import catalog, networks, weights
+from vggt_cli.models import networks, weights
+from vggt_cli.models.catalog import entry
 from vggt_cli.models.mini import Mini, MiniConfig
 from vggt_cli.models.networks import Network
 
@@ -185,10 +187,9 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
 def test_a_step_without_a_finite_gradient_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = objectives.objective
 
     def broken(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, terms = real(*arguments)
+        loss, terms = objective(*arguments)
         return loss * math.nan, terms
 
     stopping = config(tmp_path, 3, max_minutes=0)
@@ -312,7 +313,7 @@ def test_an_exported_file_says_which_of_the_like_weights_it_was_made_of(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.install(monkeypatch, tmp_path)
-    kind = catalog.entry(name).config
+    kind = entry(name).config
     network = networks.build(tiny.CONFIGS[kind])
     path = train.export(network, name, tmp_path / "any.safetensors")
     known, _ = weights.identify(path)
@@ -346,7 +347,7 @@ import os, sys, torch
 from dataclasses import replace
 from pathlib import Path
 import test_train as here
-from vggt_cli.learning import journal, objectives, synthetic, train
+from vggt_cli.learning import journal, synthetic, train
 train.MiniConfig, journal.SEEDS = lambda: here.TINY, (900_000,)
 made, shared = train._network, []
 def kept(*arguments):

@@ -67,7 +67,7 @@ def train(
         typer.Option(help="Repeatable; default: mini's encoder, nothing of other networks."),
     ] = None,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Less memory for a quarter more time.")
+        bool, typer.Option("--checkpointing", help="Less memory, more time, the same result.")
     ] = False,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; under torchrun each its own.")
@@ -102,7 +102,7 @@ def train(
         raise InputError("no run folder", hint="give --out RUN")
     data = Data(
         scenes=tuple(scenes or ()),
-        frames=tuple(range(frames[0], frames[1] + 1)),
+        frames=tuple(range(min(frames), max(frames) + 1)),
         batch_frames=batch_frames,
         pixels=pixels,
         near=near,

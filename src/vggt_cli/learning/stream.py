@@ -171,6 +171,6 @@ def batches(stream: Stream, steps: range, workers: int) -> DataLoader[Batch]:
 
 
 def _deaf(worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal; the run ends its workers after it has saved.
+    # Ctrl-C and torchrun reach all processes; the run ends its workers after it has saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

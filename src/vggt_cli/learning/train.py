@@ -163,7 +163,7 @@ def train(config: TrainConfig, device: torch.device, progress: Progress = silent
                 break
         if journal:
             journal.close()
-        if step < config.steps:
+        if journal and step < config.steps:
             log.info("stopped after step %d of %d; the same command goes on", step, config.steps)
         if rank != 0 or signals:
             return None
