@@ -52,6 +52,11 @@ def _turn(v: Tensor) -> Tensor:
     return turn
 
 
+def pairwise(features: Tensor) -> Matches:
+    """Matches of every frame with all others."""
+    return solver.find(features, solver.others(features), 20.0)
+
+
 def degrees(a: Tensor, b: Tensor) -> float:
     """The largest angle between rotations."""
     cosine = (torch.diagonal(a.mT @ b, dim1=-2, dim2=-1).sum(-1) - 1) / 2
@@ -124,7 +129,7 @@ def test_sequences_of_a_batch_do_not_touch_each_other() -> None:
 
 
 def test_one_frame_stays_where_it_is() -> None:
-    matches = solver.find(torch.randn(2, 1, 8, 6, 8, generator=torch.Generator().manual_seed(0)))
+    matches = pairwise(torch.randn(2, 1, 8, 6, 8, generator=torch.Generator().manual_seed(0)))
     depth = torch.full((2, 1, 12), 2.0)
     found = solver.cameras(matches, depth, still(depth), torch.full((2,), FOCAL), (3, 4))
     assert_close(found.rotation, torch.eye(3).expand(2, 1, 3, 3))
@@ -136,7 +141,7 @@ def test_one_frame_stays_where_it_is() -> None:
 def test_matches_of_a_frame_that_moved_are_where_it_came_from() -> None:
     first = torch.randn(1, 64, 6, 8, generator=torch.Generator().manual_seed(0))
     moved = first.roll((2, 4), (2, 3))  # two cells down, four to the right: one patch, two patches
-    matches = solver.find(torch.stack([first, moved], 1))
+    matches = pairwise(torch.stack([first, moved], 1))
     back, on = matches.place[0, 1, 0], matches.own[0, 1]
     row, column = matches.cell[0, 1] // 8, matches.cell[0, 1] % 8
     stays = (row >= 2) & (column >= 4)
@@ -148,15 +153,25 @@ def test_matches_of_a_frame_that_moved_are_where_it_came_from() -> None:
 
 def test_what_is_nowhere_else_has_no_certain_match() -> None:
     random = torch.Generator().manual_seed(0)
-    matches = solver.find(torch.randn(1, 2, 64, 6, 8, generator=random))
+    matches = pairwise(torch.randn(1, 2, 64, 6, 8, generator=random))
     assert matches.certainty.median() < 0.5
 
 
 def test_of_many_frames_the_most_alike_are_matched_and_those_beside() -> None:
     random = torch.Generator().manual_seed(0)
     places = torch.randn(3, 16, 6, 8, generator=random)
-    local = places[[0, 1, 2, 0, 1, 2, 0, 1, 2]][None]  # every third frame is the same
-    matches = solver.find(local, neighbours=4)
-    assert matches.target.shape == (1, 9, 4)
-    assert set(matches.target[0, 4].tolist()) == {3, 5, 1, 7}
-    assert set(matches.target[0, 0].tolist()) >= {1, 3, 6}
+    features = places[[0, 1, 2, 0, 1, 2, 0, 1, 2]][None]  # every third frame is the same
+    target = solver.others(features, 4)
+    assert target.shape == (1, 9, 4)
+    assert set(target[0, 4].tolist()) == {3, 5, 1, 7}
+    assert set(target[0, 0].tolist()) >= {1, 3, 6}
+
+
+def test_more_frames_than_are_matched_at_a_time_give_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    features = torch.randn(2, 5, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    whole = pairwise(features)
+    monkeypatch.setattr(solver, "CHUNK", 2)
+    for a, b in zip(whole, pairwise(features), strict=True):
+        assert_close(a, b)

@@ -14,10 +14,9 @@ from vggt_cli.learning import losses, losses_vggt
 from vggt_cli.learning.labels import Labels
 from vggt_cli.learning.losses import Truth
 from vggt_cli.models.layers import Outputs, full_precision, normalized
-from vggt_cli.models.mini import Mini, MiniConfig
+from vggt_cli.models.mini import SHARPNESS, Mini, MiniConfig
 from vggt_cli.models.networks import Config, Network
 from vggt_cli.models.omega import VGGTOmega
-from vggt_cli.models.solver import SHARPNESS
 from vggt_cli.models.vggt import VGGT
 
 Terms = dict[str, Tensor]
@@ -55,7 +54,7 @@ class Weights:
     matching: float = 0.3
 
 
-MINI_WEIGHTS = Weights(point=2.0, track=0.0)
+MINI_WEIGHTS = Weights(point=2.0, track=0.0, matching=1.0)
 VGGT_WEIGHTS = Weights(camera=5.0, depth=1.0, point=1.0, track=0.05, matching=0.0)
 OMEGA_WEIGHTS = Weights()  # published, but for the matching term, whose form and weight are ours
 
@@ -74,7 +73,8 @@ class Teacher(nn.Module):
         super().__init__()
         if isinstance(config, MiniConfig):
             self.points = nn.Linear(2 * config.embed_dim, 3)
-        self.features = nn.Linear(2 * config.embed_dim, 64)
+        else:
+            self.features = nn.Linear(2 * config.embed_dim, 64)
 
 
 def objective(
@@ -199,7 +199,8 @@ def _mini(network: Mini, teacher: Teacher, batch: Batch) -> tuple[Terms, Terms]:
         true, valid = losses.patch_points(batch.truth, patch)
         points = teacher.points(patches).unflatten(2, true.shape[2:4])
         point = (points - true).abs().clamp(max=10)[valid].mean()
-        matching, found = losses.matching_loss(teacher.features(patches), batch.truth, patch)
+        cells = guess.context.flatten(3).mT
+        matching, found = losses.matching_loss(cells, batch.truth, 8, 0.5 / SHARPNESS, True)
     camera = losses.camera_sum(head) + 0.5 * losses.camera_sum(settled)
     own = {"point": point, "matching": matching}
     last = {f"settled {name}": value for name, value in settled.items()}

@@ -36,6 +36,8 @@ from vggt_cli.models.layers import (
 from vggt_cli.models.omega import Aggregator, CameraHead, DenseHead, TrunkConfig
 from vggt_cli.models.solver import Matches, Solution
 
+SHARPNESS = 20.0  # of the likeness of features that match: they are trained with it
+
 
 @dataclass(frozen=True)
 class MiniConfig(TrunkConfig):
@@ -95,7 +97,7 @@ class Seen(NamedTuple):
     """What the heads read."""
 
     layers: list[Tensor]  # four times [B, S, T, 2D]
-    matches: Matches
+    local: Tensor  # [B, S, 64, 2 h, 2 w] features of the encoder
     size: Size  # of the images
 
 
@@ -106,6 +108,7 @@ class Guess(NamedTuple):
     confidence: Tensor  # [B, S, H, W]
     features: Tensor  # [B, S, 2D] of the camera tokens
     pose: Tensor  # [B, S, 9] pose encodings
+    context: Tensor  # [B, S, 128, 2 h, 2 w] features to match, in the light of all frames
 
 
 class PoseHead(CameraHead):
@@ -162,6 +165,7 @@ class Mini(nn.Module):
         self.look = nn.Linear(4 * 64 + 3, D)
         self.look_norm = nn.LayerNorm(D)
         self.match = nn.Linear(7, D)
+        self.context = nn.Linear(2 * D, 4 * 64)
         self.camera_head = PoseHead(config)
         self.dense_head = DenseHead(config)
         for module in self.modules():
@@ -187,14 +191,18 @@ class Mini(nn.Module):
             pixels = normalized(images)[..., : 16 * h, : 16 * w].flatten(0, 1)
             local = self.aggregator.patch_embed(pixels)
             with full_precision(images), torch.no_grad():
-                matches = solver.find(local.float().unflatten(0, (B, S)))
+                first = torch.zeros(B, S, 1, dtype=torch.int64, device=images.device)
+                matches = solver.find(local.unflatten(0, (B, S)), first, SHARPNESS)
             look = torch.cat([F.pixel_unshuffle(local, 2), F.avg_pool2d(pixels, 16)], 1)
             tokens = self.look_norm(self.look(look.flatten(2).mT))  # [B S, N, D]
             placed = add_positions(torch.zeros_like(tokens).mT.unflatten(-1, grid), w / h)
             tokens = tokens + placed.flatten(2).mT * 10  # at full strength
-            tokens = tokens.unflatten(0, (B, S)) + self.match(_in_first_frame(matches))
+            place, certainty = matches.place[:, :, 0], matches.certainty[:, :, 0, :, None]
+            facts = torch.cat([place, certainty, matches.own, place - matches.own], -1)
+            tokens = tokens.unflatten(0, (B, S)) + self.match(facts)
             cached = self.aggregator.attend(tokens, grid)
-        return Seen([cached[i] for i in self.config.cached_layers], matches, (H, W))
+        layers = [cached[i] for i in self.config.cached_layers]
+        return Seen(layers, local.unflatten(0, (B, S)), (H, W))
 
     def read(self, seen: Seen, frames_per_chunk: int = 8) -> Outputs:
         """What the heads and the solver make of it; two passes of poses, before and after."""
@@ -212,13 +220,20 @@ class Mini(nn.Module):
             patches = [layer[:, :, special:] for layer in seen.layers]
             depth, confidence = by_frames(dense, patches, frames_per_chunk)
             features, pose = self.camera_head.look(seen.layers[-1][:, :, :special].float())
-        return Guess(depth, confidence, features, pose)
+            context = self.context(patches[-1].float()).flatten(0, 1).mT
+            cells = context.unflatten(-1, (seen.size[0] // 16, seen.size[1] // 16))
+            context = F.pixel_shuffle(cells, 2).unflatten(0, seen.local.shape[:2])
+            # Each half counts as much as the other, and as sharply as alone.
+            both = [F.normalize(x, dim=2) for x in (seen.local.float(), context)]
+        return Guess(depth, confidence, features, pose, torch.cat(both, 2))
 
     def settle(self, seen: Seen, guess: Guess) -> tuple[Tensor, Tensor]:
         """Pose encodings [B, S, 9] and depth [B, S, H, W] between the heads' and the solver's."""
         with full_precision(guess.depth):
             with torch.no_grad():
-                solution, change = _solved(seen.matches, guess.depth, guess.pose, seen.size)
+                target = solver.others(guess.context)
+                matches = solver.find(guess.context, target, 2 * SHARPNESS)
+                solution, change = _solved(matches, guess.depth, guess.pose, seen.size)
                 solved = _encoded(solution, seen.size)
             pose, trust = self.camera_head.mix(guess.features, guess.pose, solved, solution)
             change = change * trust.detach()[..., None, None]
@@ -248,16 +263,6 @@ def _solved(matches: Matches, depth: Tensor, pose: Tensor, size: Size) -> tuple[
     smooth = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1)
     total, count = (smooth(x.unflatten(-1, grid)) for x in (change * weight, weight))
     return found, total / (count + 0.1)
-
-
-def _in_first_frame(matches: Matches) -> Tensor:
-    """[B, S, N, 7]: each patch's place in the first frame, certainty, own place, difference."""
-    there = (matches.target == 0)[..., None]  # [B, S, K, 1]
-    place = (matches.place * there[..., None]).sum(2)
-    certainty = (matches.certainty * there).sum(2)
-    place = torch.cat([matches.own[:, :1], place[:, 1:]], 1)
-    certainty = torch.cat([torch.ones_like(certainty[:, :1]), certainty[:, 1:]], 1)
-    return torch.cat([place, certainty[..., None], matches.own, place - matches.own], -1)
 
 
 def _encoded(solution: Solution, size: Size) -> Tensor:

@@ -10,6 +10,7 @@ length; lengths are in units of the guess. World is the first camera.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -19,12 +20,12 @@ from torch.nn import functional as F
 Pose = tuple[Tensor, Tensor]  # rotation [..., 3, 3] and translation [..., 3]
 Size = tuple[int, int]  # (rows, columns)
 
-SHARPNESS = 20.0  # of likeness: what the features are trained with
 FOCAL = 3**0.5  # 60 degrees along the longer side, until the matches know better
 STEPS = 10
 LOOSE, TIGHT = 0.4, 0.04  # scale of errors that are believed, in the first and in the last step
-DEPTH_DOUBT, FOCAL_DOUBT = 0.5, 0.2  # standard deviations of the guesses' logarithms
+DEPTH_DOUBT, FOCAL_DOUBT = 0.5, 0.3  # standard deviations of the guesses' logarithms
 NEAREST = 0.05  # depth before a camera
+CHUNK = 32  # frames matched at a time, for memory
 
 
 class Matches(NamedTuple):
@@ -57,45 +58,51 @@ class _Equations(NamedTuple):
     depth_right: Tensor  # [B, S, N]
 
 
-def find(local: Tensor, neighbours: int = 8) -> Matches:
-    """Matches of local features [B, S, C, h, w], h and w even, with at most so many frames each.
+def find(features: Tensor, target: Tensor, sharpness: float) -> Matches:
+    """Matches of features [B, S, C, h, w], h and w even, with frames `target` [B, S, K].
 
-    A match is the mean place of the cells around the most alike one, weighted by likeness.
+    sharpness: of likeness, with which the features were trained. A match is the mean place of the
+    cells around the most alike one, weighted by likeness.
     """
-    B, S, _, h, w = local.shape
-    unit = F.normalize(local.float().flatten(3), dim=2)  # [B, S, C, cells]
+    B, S, _, h, w = features.shape
+    unit = F.normalize(features.float().flatten(3), dim=2)  # [B, S, C, cells]
     places, around = _places(h, w).to(unit), _around(h, w).to(unit.device)
-    target = _targets(unit, (h, w), neighbours)
-    if S == 1:  # matches itself, without certainty
-        place, certainty = places.expand(B, 1, 1, -1, 2), unit.new_zeros(B, 1, 1, h * w)
-        return _surest(places, target, place, certainty, (h, w))
+    every = torch.arange(B)[:, None]
     found, sure = [], []
-    for k in range(target.shape[2]):
-        other = unit[torch.arange(B)[:, None], target[:, :, k]]
-        alike = (unit.mT @ other * SHARPNESS).exp()  # [B, S, cells, cells]
+    for s, k in product(range(0, S, CHUNK), range(target.shape[2])):
+        other = unit[every, target[:, s : s + CHUNK, k]]
+        alike = (unit[:, s : s + CHUNK].mT @ other * sharpness - sharpness / 2).exp()
         mutual = alike.square() / alike.sum(-1, keepdim=True) / alike.sum(-2, keepdim=True)
         certainty, best = mutual.max(-1)
-        spot = around[best]  # [B, S, cells, 9]
+        spot = around[best]  # [B, chunk, cells, 9]
         weight = alike.gather(-1, spot)[..., None]
         found.append((weight * places[spot]).sum(-2) / weight.sum(-2))
         sure.append(certainty)
-    return _surest(places, target, torch.stack(found, 2), torch.stack(sure, 2), (h, w))
+    K = target.shape[2]
+    place, certainty = (
+        torch.cat([torch.stack(x[i : i + K], 2) for i in range(0, len(x), K)], 1)
+        for x in (found, sure)
+    )
+    return _surest(places, target, place, certainty, (h, w))
 
 
-def _targets(unit: Tensor, grid: Size, neighbours: int) -> Tensor:
-    """[B, S, K] frames to match with: all others, or the two beside and the most alike."""
-    B, S = unit.shape[:2]
-    order = torch.arange(S, device=unit.device)
-    if neighbours + 1 >= S:
+def others(features: Tensor, count: int = 8) -> Tensor:
+    """[B, S, K] the frames to match each with: all others, or the two beside and the most alike.
+
+    features: [B, S, C, h, w]. A single frame is matched with itself.
+    """
+    B, S = features.shape[:2]
+    order = torch.arange(S, device=features.device)
+    if count + 1 >= S:
         return (order[:, None] + order[min(1, S - 1) :]).remainder(S).expand(B, -1, -1)
-    coarse = F.avg_pool2d(unit.unflatten(3, grid).flatten(0, 1), 2).flatten(2).unflatten(0, (B, S))
-    coarse = F.normalize(coarse, dim=2)
+    unit = F.normalize(features.float().flatten(0, 1), dim=1)
+    coarse = F.normalize(F.avg_pool2d(unit, 2).flatten(2).unflatten(0, (B, S)), dim=2)
     alike = [(coarse[:, s : s + 1].mT @ coarse).amax(-1).mean(-1) for s in range(S)]
     close = torch.stack(alike, 1)
     close = close + close.mT
     apart = (order[:, None] - order).abs()
     close = close + 9.0 * (apart == 1) - 9.0 * (apart == 0)
-    return close.topk(neighbours, dim=-1).indices
+    return close.topk(count, dim=-1).indices
 
 
 def _surest(
@@ -129,15 +136,15 @@ def _around(h: int, w: int) -> Tensor:
 
 
 def cameras(matches: Matches, depth: Tensor, pose: Pose, focal: Tensor, grid: Size) -> Solution:
-    """The best of three solutions: from the guessed cameras, from guessed depth, from neither.
+    """The best of three solutions: from the guessed cameras, from guessed depth, from no guess.
 
     depth: [B, S, N] at the cells; pose, focal: guesses [B, S, ...] and [B]; grid: (rows, columns)
     of patches.
     """
     B = len(depth)
     flat = depth.flatten(1).median(1).values[:, None, None].expand_as(depth)
-    usual = torch.full_like(focal, FOCAL)
-    depths, focals = torch.cat([depth, depth, flat]), torch.cat([focal, usual, usual])
+    depths = torch.cat([depth, depth, flat])
+    focals = torch.cat([focal, focal, torch.full_like(focal, FOCAL)])
     thrice = Matches(*(x.repeat(3, *[1] * (x.ndim - 1)) for x in matches))
     trees = start(Matches(*(x[B:] for x in thrice)), depths[B:], focals[B:], grid)
     poses = (torch.cat([pose[0], trees[0]]), torch.cat([pose[1], trees[1]]))
