@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from vggt_cli.geometry import decode_pose
-from vggt_cli.models.mini import Mini, MiniConfig
+from vggt_cli.models import solver
+from vggt_cli.models.mini import SHARPNESS, Mini, MiniConfig
 from vggt_cli.models.networks import CONFIGS, build
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -76,10 +78,28 @@ def test_a_fresh_network_sees_no_motion_and_sixty_degrees(network: Mini) -> None
 
 def test_every_part_learns_from_its_output() -> None:
     fresh = Mini(SMALL)
-    outputs = fresh(photos(1, 2, 3, 48, 64))
-    (outputs.pose_passes.sum() + outputs.depth.sum() + outputs.confidence.sum()).backward()
-    idle = {name for name, p in fresh.named_parameters() if p.grad is None}
-    assert not {name for name in idle if "patch_embed" not in name}
+    seen = fresh.aggregate(photos(1, 2, 3, 48, 64))
+    guess = fresh.guess(seen)
+    pose, depth = fresh.settle(seen, guess)
+    (pose.sum() + guess.pose.sum() + depth.sum()).backward(retain_graph=True)
+    (guess.confidence.sum() + guess.context[:, :, 64:].sum()).backward()
+    assert not {name for name, p in fresh.named_parameters() if p.grad is None}
+
+
+@torch.inference_mode()
+def test_published_features_find_how_far_a_photo_was_shifted() -> None:
+    network = Mini(SMALL).eval()
+    wide = F.interpolate(photos(1, 3, 8, 20), (128, 320), mode="bicubic").clamp(0, 1)
+    pair = torch.stack([wide[..., 64:256], wide[..., 96:288]], 1)  # it looks to the right
+    encoder = load_file(WEIGHTS / "encoder.safetensors")
+    network.aggregator.patch_embed.load_state_dict(
+        {k: v.float() for k, v in encoder.items()}, strict=False
+    )
+    seen = network.aggregate(pair)
+    target = solver.others(seen.local)
+    matches = solver.find(seen.local, target, SHARPNESS)
+    shift = (matches.place - matches.own[:, :, None])[0, 1, 0, :, 0]
+    assert shift.median() == pytest.approx(32 / 96, abs=0.03)
 
 
 def test_the_published_local_features_fill_the_encoder() -> None:
