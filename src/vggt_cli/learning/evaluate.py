@@ -95,11 +95,11 @@ def constant(images: ImageSet) -> Prediction:
     return Prediction(cameras, torch.ones(S, H, W), torch.ones(S, H, W))
 
 
-def _rendered(seed: int, path: synthetic.Path) -> Case:
-    sample = synthetic.sample(seed, path)
+def as_photos(sample: synthetic.Sample, seed: int) -> ImageSet:
+    """The frames of a sample as a camera records them; the same for the same seed."""
     pixels = synthetic.photographed(torch.Generator().manual_seed(seed), sample.pixels)
     S, _, H, W = pixels.shape
-    images = ImageSet(
+    return ImageSet(
         tuple(str(i) for i in range(S)),
         pixels,
         torch.ones(S, H, W, dtype=torch.bool),
@@ -107,11 +107,16 @@ def _rendered(seed: int, path: synthetic.Path) -> Case:
         torch.tensor([[H, W]]).repeat(S, 1),
     )
 
+
+def _rendered(seed: int, path: synthetic.Path) -> Case:
+    sample = synthetic.sample(seed, path)
+    images = as_photos(sample, seed)
+
     def views() -> list[View]:
         k = sample.cameras.intrinsics.double()
         parameters = torch.stack([k[:, 0, 0], k[:, 1, 1], k[:, 0, 2], k[:, 1, 2]], -1).tolist()
-        lenses = [Lens("PINHOLE", (H, W), tuple(values)) for values in parameters]
-        return [_view(seen, lens) for seen, lens in zip(pixels, lenses, strict=True)]
+        lenses = [Lens("PINHOLE", images.size, tuple(values)) for values in parameters]
+        return [_view(seen, lens) for seen, lens in zip(images.pixels, lenses, strict=True)]
 
     return Case(images, sample.cameras, sample.depth, sample.valid, views)
 
