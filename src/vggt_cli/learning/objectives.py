@@ -192,7 +192,8 @@ def _mini(network: Mini, teacher: Teacher, batch: Batch) -> tuple[Terms, Terms]:
     outputs = network.read(seen, B * S)
     patches = seen.layers[-1][:, :, 1 + network.config.registers :]
     with full_precision(patches):
-        head, mixed = (losses.camera_parts(pose, batch.truth) for pose in outputs.pose_passes)
+        passes = [losses.camera_parts(pose, batch.truth) for pose in outputs.pose_passes]
+        head, mixed = passes[0], passes[-1]  # the same where there is no solver
         depth = losses.depth_parts(outputs.depth, outputs.confidence, batch.truth)
         true, valid = losses.patch_points(batch.truth, patch)
         points = teacher.points(patches).unflatten(2, true.shape[2:4])
