@@ -7,20 +7,19 @@ import ablation
 import pytest
 import torch
 from ablation_report import Difference, report
+from ablation_variants import SMALL, VARIANTS, Small, build, kept_bytes
 from torch.testing import assert_close
 
 from vggt_cli.models.mini import Mini
 from vggt_cli.models.omega import Aggregator
 
-TINY = replace(
-    ablation.SMALL, embed_dim=32, heads=2, depth=1, cached_layers=(0, 0, 0, 0), head_heads=2
-)
-VARIANTS = {variant.name: variant for variant in ablation.VARIANTS}
+TINY = replace(SMALL, embed_dim=32, heads=2, depth=1, cached_layers=(0, 0, 0, 0), head_heads=2)
+NAMED = {variant.name: variant for variant in VARIANTS}
 SETTING = ablation.Setting(steps=3, pixels=48, frames=(2,), batch_frames=2, held_out=2, config=TINY)
 
 
-def made(name: str) -> ablation.Small:
-    return ablation.build(VARIANTS[name], TINY, seed=0)[0]
+def made(name: str) -> Small:
+    return build(NAMED[name], TINY, seed=0)[0]
 
 
 def photos() -> torch.Tensor:
@@ -76,7 +75,7 @@ def test_poses_are_those_of_the_head_alone() -> None:
 
 def test_convolutions_at_full_resolution_keep_more_for_the_way_back() -> None:
     shuffled, convolved = made("baseline"), made("full-resolution convolutions")
-    more = ablation.kept_bytes(convolved) - ablation.kept_bytes(shuffled)
+    more = kept_bytes(convolved) - kept_bytes(shuffled)
     # Their output has 32 channels of float32 for each of the eight frames' pixels.
     assert more > 32 * 4 * 8 * 128**2
 
@@ -91,7 +90,7 @@ def test_differences_have_students_interval() -> None:
 
 
 def test_a_second_call_takes_finished_runs_as_they_are(tmp_path: Path) -> None:
-    chosen = [VARIANTS["baseline"], VARIANTS["frame only"]]
+    chosen = [NAMED["baseline"], NAMED["frame only"]]
     first = ablation.ablate(chosen[:1], 1, SETTING, 1, tmp_path)
     runs = ablation.ablate(chosen, 1, SETTING, 1, tmp_path)
     assert [run["variant"] for run in runs] == ["baseline", "frame only"]
