@@ -12,7 +12,7 @@ CODE := src tests examples benchmarks
 TORCH_FITS := $(BIN)/python -c 'import importlib.metadata as m; \
 	v = m.version("torch").split("."); assert (int(v[0]), int(v[1])) >= (2, 6)' 2>/dev/null
 
-.PHONY: demo setup test slow coverage check format mini bench clean
+.PHONY: demo setup test slow coverage check format mini bench ablation clean
 
 demo: $(VENV)/.user
 	$(BIN)/vggt reconstruct examples/motorcycle --out scene --overwrite
@@ -56,6 +56,10 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_pipeline.py
+
+# The papers' claims in miniature, in well under an hour; stopped, it goes on.
+ablation: $(VENV)/.dev
+	$(BIN)/python benchmarks/ablation.py
 
 # Makes mini again, in an hour and a half on two cores; stopped, it goes on. See docs/training.md.
 FEATURES := --freeze all-but-encoder --rate 1e-2 --frames 3 4 --batch-frames 16

@@ -30,8 +30,8 @@ def seconds(step: Callable[[], object], device: torch.device, runs: int = 10) ->
     return {"median": statistics.median(kept), "min": min(kept), "max": max(kept)}
 
 
-def write(name: str, figures: Any) -> Path:
-    """results/NAME.json with the figures, the commit and the machine."""
+def circumstances() -> dict[str, Any]:
+    """The commit and the machine."""
     root = Path(__file__).parents[1]
     described = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(described, cwd=root, capture_output=True, text=True, check=False)
@@ -42,8 +42,13 @@ def write(name: str, figures: Any) -> Path:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    content = {"commit": done.stdout.strip(), "machine": machine, "figures": figures}
+    return {"commit": done.stdout.strip(), "machine": machine}
+
+
+def write(name: str, figures: Any, folder: Path = RESULTS) -> Path:
+    """FOLDER/NAME.json with the figures, the commit and the machine."""
+    path = folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {**circumstances(), "figures": figures}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
