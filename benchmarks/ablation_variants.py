@@ -131,7 +131,6 @@ class Small(Mini):
         self.aggregator = MeetingAggregator(self.config, encoder, variant.meet)
         if variant.convolutions:
             self.dense_head = ConvolutionHead(self.config)
-        del self.camera_head.trust_branch  # nobody to trust
 
     def settle(self, seen: Seen, guess: Guess) -> tuple[Tensor, Tensor]:
         """What the heads say."""

@@ -176,8 +176,7 @@ def omega_terms(
 def _mini(network: Mini, teacher: Teacher, batch: Batch) -> tuple[Terms, Terms]:
     """Mini's camera, depth, point and matching terms, and their parts.
 
-    The heads learn before the solver, which needs their guess most where it is not sure itself;
-    after it poses count half, and teach whom to trust.
+    The heads learn what they say before the solver, which has nothing to learn.
     Where the encoder alone learns, it does so from matches of its features.
     """
     B, S = batch.pixels.shape[:2]
@@ -191,21 +190,18 @@ def _mini(network: Mini, teacher: Teacher, batch: Batch) -> tuple[Terms, Terms]:
     with torch.autocast(batch.pixels.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         seen = network.aggregate(batch.pixels)
     guess = network.guess(seen, B * S)
-    pose, _ = network.settle(seen, guess)
     patches = seen.layers[-1][:, :, 1 + network.config.registers :]
     with full_precision(patches):
-        head, settled = (losses.camera_parts(p, batch.truth) for p in (guess.pose, pose))
+        camera = losses.camera_parts(guess.pose, batch.truth)
         depth = losses.depth_parts(guess.depth, guess.confidence, batch.truth)
         true, valid = losses.patch_points(batch.truth, patch)
         points = teacher.points(patches).unflatten(2, true.shape[2:4])
         point = (points - true).abs().clamp(max=10)[valid].mean()
         cells = guess.context.flatten(3).mT
         matching, found = losses.matching_loss(cells, batch.truth, 8, 0.5 / SHARPNESS, True)
-    camera = losses.camera_sum(head) + 0.5 * losses.camera_sum(settled)
     own = {"point": point, "matching": matching}
-    last = {f"settled {name}": value for name, value in settled.items()}
-    parts = {**head, **last, **depth, **own, "found": found}
-    return {"camera": camera, "depth": _sum(depth), **own}, parts
+    terms = {"camera": losses.camera_sum(camera), "depth": _sum(depth), **own}
+    return terms, {**camera, **depth, **own, "found": found}
 
 
 def _sum(parts: Terms) -> Tensor:

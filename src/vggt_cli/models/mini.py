@@ -5,8 +5,7 @@ convolutional one, trained so that its features match from photo to photo; it ha
 XFeat's backbone (Potje et al., CVPR 2024, Apache-2.0) and started from its weights, with colours
 added; the licence of the weights file says so. Matches with the first frame go into the tokens.
 The heads' depth and poses are the first guess of `solver`, which finds the cameras that explain
-all matches; the camera head decides how far to trust it. Why, and what each part is worth, is
-measured in docs/training.md.
+all matches. Why, and what each part is worth, is measured in docs/training.md.
 
 B batch, S frames, H x W pixels, N patches of a frame, T = 1 + R + N tokens, D their width.
 """
@@ -106,51 +105,8 @@ class Guess(NamedTuple):
 
     depth: Tensor  # [B, S, H, W]
     confidence: Tensor  # [B, S, H, W]
-    features: Tensor  # [B, S, 2D] of the camera tokens
     pose: Tensor  # [B, S, 9] pose encodings
     context: Tensor  # [B, S, 128, 2 h, 2 w] features to match, in the light of all frames
-
-
-class PoseHead(CameraHead):
-    """Poses from camera and register tokens, and how far the solver's are to be trusted."""
-
-    def __init__(self, config: MiniConfig) -> None:
-        super().__init__(config)
-        D = config.embed_dim
-        self.trust_branch = nn.Sequential(nn.Linear(2 * D + 6, D), nn.GELU(), nn.Linear(D, 3))
-
-    def look(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [B, S, 2D] and pose encodings [B, S, 9] of tokens [B, S, 1+R, 2D]."""
-        S = tokens.shape[1]
-        x = self.token_norm(tokens).flatten(1, 2)
-        for trunk_block in self.trunk:
-            x = trunk_block(x)
-        x = self.trunk_norm(x.unflatten(1, (S, -1))[:, :, 0])
-        pose = self.camera_branch(x)
-        return x, torch.cat([pose[..., :7], F.relu(pose[..., 7:]) + 0.01], -1)
-
-    def mix(
-        self, features: Tensor, pose: Tensor, solved: Tensor, solution: Solution
-    ) -> tuple[Tensor, Tensor]:
-        """Encodings [B, S, 9] between the head's and the solver's, and the solver's share [B, S].
-
-        Translation, rotation and field of view have a share each; the first is returned.
-        """
-        pose, agreement = pose.detach(), solution.agreement
-        q, p = (F.normalize(x[..., 3:7], dim=-1) for x in (pose, solved))
-        facts = [
-            agreement.mean((2, 3)),
-            agreement.amax(2).mean(-1),
-            agreement.mean((1, 2, 3))[:, None].expand(q.shape[:2]),
-            1 - (q * p).sum(-1).abs(),
-            (pose[..., :3] - solved[..., :3]).norm(dim=-1).clamp(max=5),
-            (pose[..., 7:] - solved[..., 7:]).mean(-1),
-        ]
-        trust = self.trust_branch(torch.cat([features, torch.stack(facts, -1)], -1)).sigmoid()
-        share = torch.repeat_interleave(trust, torch.tensor([3, 4, 2], device=trust.device), -1)
-        nearer = torch.where((q * p).sum(-1, keepdim=True) < 0, -1.0, 1.0)
-        same = torch.cat([solved[..., :3], nearer * solved[..., 3:7], solved[..., 7:]], -1)
-        return pose + share * (same - pose), trust[..., 0]
 
 
 class Mini(nn.Module):
@@ -166,7 +122,7 @@ class Mini(nn.Module):
         self.look_norm = nn.LayerNorm(D)
         self.match = nn.Linear(7, D)
         self.context = nn.Linear(2 * D, 4 * 64)
-        self.camera_head = PoseHead(config)
+        self.camera_head = CameraHead(config)
         self.dense_head = DenseHead(config)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -219,25 +175,21 @@ class Mini(nn.Module):
         with full_precision(seen.layers[-1]):
             patches = [layer[:, :, special:] for layer in seen.layers]
             depth, confidence = by_frames(dense, patches, frames_per_chunk)
-            features, pose = self.camera_head.look(seen.layers[-1][:, :, :special].float())
+            pose = self.camera_head(seen.layers[-1][:, :, :special].float())
             context = self.context(patches[-1].float()).flatten(0, 1).mT
             cells = context.unflatten(-1, (seen.size[0] // 16, seen.size[1] // 16))
             context = F.pixel_shuffle(cells, 2).unflatten(0, seen.local.shape[:2])
             # Each half counts as much as the other, and as sharply as alone.
             both = [F.normalize(x, dim=2) for x in (seen.local.float(), context)]
-        return Guess(depth, confidence, features, pose, torch.cat(both, 2))
+        return Guess(depth, confidence, pose, torch.cat(both, 2))
 
     def settle(self, seen: Seen, guess: Guess) -> tuple[Tensor, Tensor]:
-        """Pose encodings [B, S, 9] and depth [B, S, H, W] between the heads' and the solver's."""
-        with full_precision(guess.depth):
-            with torch.no_grad():
-                target = solver.others(guess.context)
-                matches = solver.find(guess.context, target, 2 * SHARPNESS)
-                solution, change = _solved(matches, guess.depth, guess.pose, seen.size)
-                solved = _encoded(solution, seen.size)
-            pose, trust = self.camera_head.mix(guess.features, guess.pose, solved, solution)
-            change = change * trust.detach()[..., None, None]
-            return pose, guess.depth * F.interpolate(change, seen.size, mode="bilinear").exp()
+        """Pose encodings [B, S, 9] and depth [B, S, H, W] by the solver, without gradient."""
+        with full_precision(guess.depth), torch.no_grad():
+            matches = solver.find(guess.context, solver.others(guess.context), 2 * SHARPNESS)
+            solution, change = _solved(matches, guess.depth, guess.pose, seen.size)
+            closer = F.interpolate(change, seen.size, mode="bilinear").exp()
+            return _encoded(solution, seen.size), guess.depth * closer
 
 
 def _solved(matches: Matches, depth: Tensor, pose: Tensor, size: Size) -> tuple[Solution, Tensor]:
