@@ -143,7 +143,7 @@ class Mini(nn.Module):
         """The matches and the tokens of images [B, S, 3, H, W] in [0, 1]."""
         B, S, _, H, W = images.shape
         h, w = grid = (H // 16, W // 16)
-        with compute(self.look.weight):
+        with compute(self.aggregator.get_parameter("frame_blocks.0.attn.proj.weight")):
             pixels = normalized(images)[..., : 16 * h, : 16 * w].flatten(0, 1)
             local = self.aggregator.patch_embed(pixels)
             with full_precision(images), torch.no_grad():

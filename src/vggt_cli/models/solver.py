@@ -1,7 +1,6 @@
 """Cameras from matches: robust least squares over poses, depths and one focal length.
 
-What a large network finds by attention, the small one computes, from matches of its local
-features and its own first guess of depth. No gradient passes through.
+What a large network finds by attention, the small one computes. No gradient passes through.
 
 B sequences, S frames, K target frames of each, N patches, each with one cell of the features'
 grid. Places are (x, y) in halves of the images' longer side from the centre, and so is the focal
@@ -21,7 +20,7 @@ Pose = tuple[Tensor, Tensor]  # rotation [..., 3, 3] and translation [..., 3]
 Size = tuple[int, int]  # (rows, columns)
 
 FOCAL = 3**0.5  # 60 degrees along the longer side, until the matches know better
-STEPS = 10
+STEPS = 30
 LOOSE, TIGHT = 0.4, 0.04  # scale of errors that are believed, in the first and in the last step
 DEPTH_DOUBT, FOCAL_DOUBT = 0.5, 0.3  # standard deviations of the guesses' logarithms
 NEAREST = 0.05  # depth before a camera
@@ -141,18 +140,19 @@ def cameras(matches: Matches, depth: Tensor, pose: Pose, focal: Tensor, grid: Si
     depth: [B, S, N] at the cells; pose, focal: guesses [B, S, ...] and [B]; grid: (rows, columns)
     of patches.
     """
-    B = len(depth)
     flat = depth.flatten(1).median(1).values[:, None, None].expand_as(depth)
-    depths = torch.cat([depth, depth, flat])
-    focals = torch.cat([focal, focal, torch.full_like(focal, FOCAL)])
-    thrice = Matches(*(x.repeat(3, *[1] * (x.ndim - 1)) for x in matches))
-    trees = start(Matches(*(x[B:] for x in thrice)), depths[B:], focals[B:], grid)
-    poses = (torch.cat([pose[0], trees[0]]), torch.cat([pose[1], trees[1]]))
-    found = solve(thrice, depths, focals, poses)
+    usual = torch.full_like(focal, FOCAL)
+    starts = [
+        (depth, focal, pose),
+        (depth, focal, start(matches, depth, focal, grid)),
+        (flat, usual, start(matches, flat, usual, grid)),
+    ]
+    found = [solve(matches, *one) for one in starts]
     # Where they explain the matches equally well, the one that is nearest to the guess.
-    fit = found.agreement.sum((1, 2, 3)).view(3, B) * depth.new_tensor([[1.0], [0.99], [0.98]])
-    best = fit.argmax(0) * B + torch.arange(B, device=fit.device)
-    return Solution(*(x[best] for x in found))
+    fit = torch.stack([one.agreement.sum((1, 2, 3)) for one in found])
+    best = (fit * fit.new_tensor([[1.0], [0.99], [0.98]])).argmax(0)
+    every = torch.arange(len(depth), device=best.device)
+    return Solution(*(torch.stack(x)[best, every] for x in zip(*found, strict=True)))
 
 
 def rays(place: Tensor, focal: Tensor) -> Tensor:
@@ -278,18 +278,26 @@ def _linearized(
     by_y = by_y * (f / z)[..., None, None]  # [B, S, K, N, 2, 3]
     by_x = (by_y.flatten(3, 4) @ turn).unflatten(3, (N, 2))
     x, y = x.expand_as(y)[..., None, :].expand_as(by_x), y[..., None, :].expand_as(by_y)
-    rows = y.new_zeros(B, S, K, N, 2, 6 * K + 7)
-    rows[..., :3], rows[..., 3:6] = torch.linalg.cross(by_x, x), -by_x
-    by_target = torch.cat([torch.linalg.cross(y, by_y), by_y], -1)
-    for k in range(K):
-        rows[:, :, k, :, :, 6 * k + 6 : 6 * k + 12] = by_target[:, :, k]
-    rows[..., -1] = seen - (by_x * x)[..., :2].sum(-1)
+    to_focal = seen - (by_x * x)[..., :2].sum(-1)
+    by_own = torch.cat([torch.linalg.cross(by_x, x), -by_x, to_focal[..., None]], -1)
+    rows = torch.cat([by_own, torch.linalg.cross(y, by_y), by_y], -1)  # [B, S, K, N, 2, 13]
     by_depth = (by_x * x).sum(-1, keepdim=True)  # [B, S, K, N, 2, 1]
     heavy, error = rows * weight, error[..., None]
+    pairs = heavy.flatten(3, 4).mT @ rows.flatten(3, 4)  # [B, S, K, 13, 13]
+    rights = (heavy * error).sum((3, 4))
+    both = (heavy * by_depth).sum(4)  # [B, S, K, N, 13]
+    # Of a frame's unknowns a pair has its own pose, the focal length and one target's pose.
+    L, own = 6 * K + 7, [*range(6), 6 * K + 6]
+    left, right, mixed = (y.new_zeros(B, S, *n) for n in ((L, L), (L,), (N, L)))
+    for k in range(K):
+        slot = torch.tensor([*own, *range(6 * k + 6, 6 * k + 12)], device=y.device)
+        left[:, :, slot[:, None], slot] += pairs[:, :, k]
+        right[:, :, slot] += rights[:, :, k]
+        mixed[..., slot] += both[:, :, k]
     equations = _Equations(
-        heavy.flatten(2, 4).mT @ rows.flatten(2, 4),
-        (heavy * error).sum((2, 3, 4)),
-        (heavy * by_depth).sum((2, 4)),
+        left,
+        right,
+        mixed,
         (weight * by_depth.square()).sum((2, 4, 5)),
         (weight * by_depth * error).sum((2, 4, 5)),
     )
