@@ -188,7 +188,7 @@ class Mini(nn.Module):
         with full_precision(guess.depth), torch.no_grad():
             matches = solver.find(guess.context, solver.others(guess.context), 2 * SHARPNESS)
             solution, change = _solved(matches, guess.depth, guess.pose, seen.size)
-            closer = F.interpolate(change, seen.size, mode="bilinear").exp()
+            closer = F.interpolate(change, guess.depth.shape[-2:], mode="bilinear").exp()
             return _encoded(solution, seen.size), guess.depth * closer
 
 
