@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 BOX, BALL, CYLINDER, TORUS = range(4)
-FLOOR = 3  # of the six sides of a room: left, right, ceiling, floor, back, front
 
 
 class Shapes(NamedTuple):
