@@ -21,7 +21,7 @@ from vggt_cli.models.layers import (
     resize,
     with_special_tokens,
 )
-from vggt_cli.models.mini import Guess, Mini, MiniConfig, Seen
+from vggt_cli.models.mini import FACTS, Guess, Mini, MiniConfig, Seen, Settled
 from vggt_cli.models.omega import Aggregator, DenseHead
 
 SMALL = replace(
@@ -130,11 +130,14 @@ class Small(Mini):
         encoder = self.aggregator.patch_embed
         self.aggregator = MeetingAggregator(self.config, encoder, variant.meet)
         if variant.convolutions:
-            self.dense_head = ConvolutionHead(self.config)
+            self.depth_head.dense_head = ConvolutionHead(self.config)
 
-    def settle(self, seen: Seen, guess: Guess) -> tuple[Tensor, Tensor]:
-        """What the heads say."""
-        return guess.pose, guess.depth
+    def settle(self, seen: Seen, guess: Guess) -> Settled:
+        """What the heads say, and no facts."""
+        B, S, _, h, w = guess.context.shape
+        none = guess.depth.new_zeros(B, S, h * w // 4)
+        facts = none[..., None].expand(-1, -1, -1, FACTS)
+        return Settled(guess.pose, none.long(), none + 1, none, facts)
 
 
 def build(variant: Variant, config: MiniConfig, seed: int) -> tuple[Small, Teacher]:

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from vggt_cli.models import solver
-from vggt_cli.models.solver import Matches
+from vggt_cli.models import matching, solver
+from vggt_cli.models.matching import Matches
 
 GRID = (6, 8)
 FOCAL = 1.5
@@ -37,7 +37,8 @@ def scene(frames: int, seed: int = 0) -> tuple[Matches, Tensor, Tensor, Tensor]:
     assert seen[..., 2].min() > 0.5
     cell = torch.arange(N).expand(1, frames, N)
     certainty = torch.ones(1, frames, frames - 1, N)
-    return Matches(cell, own, target, place, certainty), depth, R, t
+    best = torch.zeros_like(certainty, dtype=torch.int64)  # the solver does not ask
+    return Matches(cell, own, target, place, certainty, best), depth, R, t
 
 
 def _cells() -> Tensor:
@@ -54,7 +55,7 @@ def _turn(v: Tensor) -> Tensor:
 
 def pairwise(features: Tensor) -> Matches:
     """Matches of every frame with all others."""
-    return solver.find(features, solver.others(features), 20.0)
+    return matching.find(features, matching.others(features), 20.0)
 
 
 def degrees(a: Tensor, b: Tensor) -> float:
@@ -160,7 +161,7 @@ def test_of_many_frames_the_most_alike_are_matched_and_those_beside() -> None:
     random = torch.Generator().manual_seed(0)
     places = torch.randn(3, 16, 6, 8, generator=random)
     features = places[[0, 1, 2, 0, 1, 2, 0, 1, 2]][None]  # every third frame is the same
-    target = solver.others(features, 4)
+    target = matching.others(features, 4)
     assert target.shape == (1, 9, 4)
     assert set(target[0, 4].tolist()) == {3, 5, 1, 7}
     assert set(target[0, 0].tolist()) >= {1, 3, 6}
@@ -171,6 +172,6 @@ def test_more_frames_than_are_matched_at_a_time_give_the_same(
 ) -> None:
     features = torch.randn(2, 5, 16, 4, 6, generator=torch.Generator().manual_seed(0))
     whole = pairwise(features)
-    monkeypatch.setattr(solver, "CHUNK", 2)
+    monkeypatch.setattr(matching, "CHUNK", 2)
     for a, b in zip(whole, pairwise(features), strict=True):
         assert_close(a, b)

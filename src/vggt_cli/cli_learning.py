@@ -24,7 +24,9 @@ class Part(enum.StrEnum):
 
     encoder = "encoder"
     aggregator = "aggregator"
-    rest = "all-but-encoder"
+    depth_head = "depth-head"
+    all_but_encoder = "all-but-encoder"
+    all_but_depth_head = "all-but-depth-head"
     nothing = "nothing"
 
 

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from vggt_cli.geometry import compose, decode_pose, encode_pose, invert, project, unproject
+from vggt_cli.models.matching import REACH, MatchHead, mutual
 
 # (rows, columns) of the four corners of all cells of 2 x 2 pixels, going round: the neighbours of
 # corner k are k - 1 and k - 3.
@@ -279,13 +280,8 @@ def matching_loss(
     projects into, where the depth there agrees within 5 %. All ordered pairs with frame 0, or all.
     Returns [2]: loss, share found first. Zero where nothing matches.
     """
-    points, valid = patch_points(truth, patch)
-    S = points.shape[1]
-    a, b = torch.triu_indices(S, S, 1)
-    if not every_pair:
-        a, b = a[: S - 1], b[: S - 1]
-    source, target = torch.cat([a, b]), torch.cat([b, a])
-    match = _matches(points[:, source], valid[:, source], truth, target, patch)  # [B, P, N]
+    source, target = _ordered(features.shape[1], every_pair)
+    match = _matches(truth, source, target, patch)[0]  # [B, P, N]
     unit = F.normalize(features, dim=-1)
     logits = unit[:, source] @ unit[:, target].mT / temperature  # [B, P, N, N]
     there = match >= 0
@@ -296,8 +292,45 @@ def matching_loss(
     return torch.stack([loss, found.detach()])
 
 
-def _matches(points: Tensor, valid: Tensor, truth: Truth, target: Tensor, patch: int) -> Tensor:
-    """[B, P, N] the patch of frame target[p] that shows each point [B, P, h, w, 3]; -1: none."""
+def match_head_loss(
+    features: Tensor, truth: Truth, patch: int, sharpness: float, head: MatchHead
+) -> Tensor:
+    """What `head` says of each patch's most alike patch in every other frame.
+
+    features: [B, S, N, C]. Returns [2]: Huber error of the place, in patches, where the match is
+    within reach, and the cross-entropy of whether it is.
+    """
+    source, target = _ordered(features.shape[1], True)
+    match, xy = _matches(truth, source, target, patch)
+    unit = F.normalize(features, dim=-1)
+    with torch.no_grad():
+        sure, best = mutual(unit[:, source], unit[:, target], sharpness)[1].max(-1)
+    columns = truth.depth.shape[-1] // patch
+    apart = xy - torch.stack([best % columns, best // columns], -1) - 0.5
+    right = (match >= 0) & (apart.abs().amax(-1) < REACH)
+    other = unit[:, target].gather(2, best[..., None].expand(*best.shape, unit.shape[-1]))
+    offset, logit = head(unit[:, source], other, sure)
+    whether = F.binary_cross_entropy_with_logits(logit, right.to(logit))
+    if not right.any():
+        return torch.stack([features.new_zeros(()), whether])
+    return torch.stack([F.smooth_l1_loss(offset[right], apart[right], beta=0.1), whether])
+
+
+def _ordered(S: int, every: bool) -> tuple[Tensor, Tensor]:
+    """Both frames of all ordered pairs of S, or of those with frame 0."""
+    a, b = torch.triu_indices(S, S, 1)
+    if not every:
+        a, b = a[: S - 1], b[: S - 1]
+    return torch.cat([a, b]), torch.cat([b, a])
+
+
+def _matches(truth: Truth, source: Tensor, target: Tensor, patch: int) -> tuple[Tensor, Tensor]:
+    """The match of each patch of frames `source` [P] in frames `target` [P].
+
+    Returns [B, P, N] the patch that shows the point at its middle, -1: none; and where the point
+    projects, [B, P, N, 2] in patches.
+    """
+    points, valid = (x[:, source] for x in patch_points(truth, patch))
     k, extrinsics = truth.intrinsics[:, target], truth.extrinsics[:, target]
     xy, z = project(points, k, extrinsics)
     H, W = truth.depth.shape[-2:]
@@ -309,4 +342,5 @@ def _matches(points: Tensor, valid: Tensor, truth: Truth, target: Tensor, patch:
     seen = truth.valid[:, target].flatten(2).gather(2, pixel)
     agrees = (depth / z.flatten(2).clamp(min=1e-6) - 1).abs() < 0.05
     index = ((row // patch) * w + column // patch).flatten(2)
-    return torch.where(valid.flatten(2) & inside.flatten(2) & seen & agrees, index, -1)
+    shows = valid.flatten(2) & inside.flatten(2) & seen & agrees
+    return torch.where(shows, index, -1), (xy / patch).flatten(2, 3)

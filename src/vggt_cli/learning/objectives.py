@@ -14,7 +14,7 @@ from vggt_cli.learning import losses, losses_vggt
 from vggt_cli.learning.labels import Labels
 from vggt_cli.learning.losses import Truth
 from vggt_cli.models.layers import Outputs, full_precision, normalized
-from vggt_cli.models.mini import SHARPNESS, Mini, MiniConfig
+from vggt_cli.models.mini import SHARPNESS, Guess, Mini, MiniConfig, Seen
 from vggt_cli.models.networks import Config, Network
 from vggt_cli.models.omega import VGGTOmega
 from vggt_cli.models.vggt import VGGT
@@ -174,34 +174,70 @@ def omega_terms(
 
 
 def _mini(network: Mini, teacher: Teacher, batch: Batch) -> tuple[Terms, Terms]:
-    """Mini's camera, depth, point and matching terms, and their parts.
+    """The terms of those parts of mini that learn, and their parts.
 
-    The heads learn what they say before the solver, which has nothing to learn.
-    Where the encoder alone learns, it does so from matches of its features.
+    The encoder learns from matches of its features, alone; the depth head from its depth; all the
+    rest from what is said before the solver, which has nothing to learn.
     """
     B, S = batch.pixels.shape[:2]
-    if not any(p.requires_grad for p in network.camera_head.parameters()):
+    early, late = _learns(network.camera_head), _learns(network.depth_head)
+    if not early and not late:
         local = network.aggregator.patch_embed(normalized(batch.pixels).flatten(0, 1))
         cells = local.flatten(2).mT.unflatten(0, (B, S))
         matching, found = losses.matching_loss(cells, batch.truth, 8, 1 / SHARPNESS, True)
         return {"matching": matching}, {"matching": matching, "found": found}
-    patch = network.config.patch_size
+    terms: Terms = {}
+    parts: Terms = {}
     # The short sequences of training go through the plain kernel faster than through the fused.
     with torch.autocast(batch.pixels.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         seen = network.aggregate(batch.pixels)
-    guess = network.guess(seen, B * S)
-    patches = seen.layers[-1][:, :, 1 + network.config.registers :]
-    with full_precision(patches):
-        camera = losses.camera_parts(guess.pose, batch.truth)
-        depth = losses.depth_parts(guess.depth, guess.confidence, batch.truth)
-        true, valid = losses.patch_points(batch.truth, patch)
-        points = teacher.points(patches).unflatten(2, true.shape[2:4])
-        point = (points - true).abs().clamp(max=10)[valid].mean()
-        cells = guess.context.flatten(3).mT
-        matching, found = losses.matching_loss(cells, batch.truth, 8, 0.5 / SHARPNESS, True)
-    own = {"point": point, "matching": matching}
-    terms = {"camera": losses.camera_sum(camera), "depth": _sum(depth), **own}
-    return terms, {**camera, **depth, **own, "found": found}
+        guess = network.guess(seen)
+        if late:
+            depth, confidence = network.dense(seen, network.settle(seen, guess), B * S)
+    with full_precision(batch.pixels):
+        if early:
+            terms, parts = _mini_guess(network, teacher, batch, (seen, guess))
+        if late:
+            dense = losses.depth_parts(depth, confidence, batch.truth)
+            terms["depth"] = _sum(dense) + terms.get("depth", 0.0)
+            parts = {**parts, **dense}
+    return terms, parts
+
+
+def _mini_guess(
+    network: Mini, teacher: Teacher, batch: Batch, said: tuple[Seen, Guess]
+) -> tuple[Terms, Terms]:
+    """Camera, depth of cells, points and matches in the light of all frames, and their parts."""
+    seen, guess = said
+    truth, patch = batch.truth, network.config.patch_size
+    camera = losses.camera_parts(guess.pose, truth)
+    _, known = losses.patch_points(truth, 8)
+    middle = truth.depth[..., 4::8, 4::8][..., : known.shape[-2], : known.shape[-1]]
+    known = known.flatten(2)
+    cells = (guess.depth / middle.flatten(2).clamp(min=1e-6)).log()[known].abs().clamp(max=3)
+    true, valid = losses.patch_points(truth, patch)
+    points = teacher.points(seen.layers[-1][:, :, 1 + network.config.registers :].float())
+    point = (points.unflatten(2, true.shape[2:4]) - true).abs().clamp(max=10)[valid]
+    context = guess.context.flatten(3).mT
+    matching, found = losses.matching_loss(context, truth, 8, 0.5 / SHARPNESS, True)
+    place, whether = losses.match_head_loss(context, truth, 8, 2 * SHARPNESS, network.match_head)
+    terms = {
+        "camera": losses.camera_sum(camera),
+        "depth": _mean(cells),
+        "point": _mean(point),
+        "matching": matching + place + whether,
+    }
+    own = {"cells": terms["depth"], "point": terms["point"], "matching": matching}
+    return terms, {**camera, **own, "place": place, "whether": whether, "found": found}
+
+
+def _learns(part: nn.Module) -> bool:
+    return any(p.requires_grad for p in part.parameters())
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Zero of nothing."""
+    return values.sum() / max(1, values.numel())
 
 
 def _sum(parts: Terms) -> Tensor:

@@ -39,7 +39,7 @@ class Data:
     frames: tuple[int, ...] = (2, 3, 4)  # of a sequence, one of these a batch
     batch_frames: int = 12  # sequences are as many as this allows, at least one
     pixels: int = 128  # root of the area
-    aspects: tuple[float, ...] = (1.0, 0.75, 1.333, 0.667, 1.5)  # height / width
+    aspects: tuple[float, ...] = (1.0, 0.75, 1.333, 0.667, 1.5, 0.5, 2.0)  # height / width
     near: float = 0.4  # spread of rendered cameras at the beginning
     near_steps: int = 5_000  # until it is 1
     rendered: int = 0  # only so many scenes, to see whether they are learnt by heart; 0: no end

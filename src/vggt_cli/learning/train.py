@@ -42,8 +42,12 @@ from vggt_cli.reconstruction.pipeline import Progress, silent
 
 log = logging.getLogger(__name__)
 
-PARTS = {"encoder": "aggregator.patch_embed", "aggregator": "aggregator"}  # that can be frozen
-REST = "all-but-encoder"
+PARTS = {  # that can be frozen, or learn alone
+    "encoder": "aggregator.patch_embed",
+    "aggregator": "aggregator",
+    "depth-head": "depth_head",
+}
+REST = "all-but-"
 HEADS = ("point", "track", "text")  # all are loaded, so that the file at the end has them
 # What a run may change where it goes on, because no number of the result depends on it.
 FREE = {"out", "max_minutes", "checkpointing", "save_minutes", "look_steps", "workers"}
@@ -220,10 +224,10 @@ def freeze(network: Network, names: tuple[str, ...] | None = None) -> None:
     if names is None:
         names = ("encoder",) if isinstance(network, Mini) else ()
     for name in names:
-        part = network if name == REST else network.get_submodule(PARTS[name])
-        part.eval().requires_grad_(False)
-    if REST in names:
-        network.aggregator.patch_embed.train().requires_grad_(True)
+        part = network.get_submodule(PARTS[name.removeprefix(REST)])
+        if name.startswith(REST):
+            network.eval().requires_grad_(False)
+        part.train(name.startswith(REST)).requires_grad_(name.startswith(REST))
 
 
 def groups(network: Network, teacher: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

@@ -4,14 +4,16 @@ What a large network finds by attention is given to this small one. Its patch en
 convolutional one, trained so that its features match from photo to photo; it has the shape of
 XFeat's backbone (Potje et al., CVPR 2024, Apache-2.0) and started from its weights, with colours
 added; the licence of the weights file says so. Matches with the first frame go into the tokens.
-The heads' depth and poses are the first guess of `solver`, which finds the cameras that explain
-all matches. Why, and what each part is worth, is measured in docs/training.md.
+From what the tokens say of depth and poses `solver` finds the cameras that explain all matches;
+what it found goes into the tokens, and from these the dense head reads depth. Why, and what each
+part is worth, is measured in docs/training.md.
 
 B batch, S frames, H x W pixels, N patches of a frame, T = 1 + R + N tokens, D their width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -21,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vggt_cli.geometry import compose, decode_pose, encode_pose, invert
-from vggt_cli.models import solver
+from vggt_cli.models import matching, solver
 from vggt_cli.models.layers import (
     Outputs,
+    Rotation,
     Size,
     add_positions,
     by_frames,
@@ -32,10 +35,12 @@ from vggt_cli.models.layers import (
     initialize,
     normalized,
 )
-from vggt_cli.models.omega import Aggregator, CameraHead, DenseHead, TrunkConfig
-from vggt_cli.models.solver import Matches, Solution
+from vggt_cli.models.matching import Matches, MatchHead
+from vggt_cli.models.omega import Aggregator, CameraHead, DenseHead, TrunkConfig, block
+from vggt_cli.models.solver import Solution
 
 SHARPNESS = 20.0  # of the likeness of features that match: they are trained with it
+FACTS = 25  # numbers of what the solver found at a patch
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class MiniConfig(TrunkConfig):
     head_depth: int = 1
     features: int = 64
     level_channels: tuple[int, ...] = (48, 96, 128, 128)
+    late_depth: int = 2  # blocks that read what the solver found
 
 
 def convolution(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Sequential:
@@ -101,12 +107,46 @@ class Seen(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """What the heads say before the solver has spoken."""
+    """What the tokens say before the solver has spoken."""
 
-    depth: Tensor  # [B, S, H, W]
-    confidence: Tensor  # [B, S, H, W]
+    depth: Tensor  # [B, S, 4 N] of the cells
     pose: Tensor  # [B, S, 9] pose encodings
     context: Tensor  # [B, S, 128, 2 h, 2 w] features to match, in the light of all frames
+
+
+class Settled(NamedTuple):
+    """What the solver found, in the scale of the guess; without gradient."""
+
+    pose: Tensor  # [B, S, 9] pose encodings
+    cell: Tensor  # [B, S, N] int64 which cell of its frame, one of each patch
+    depth: Tensor  # [B, S, N] of the cells
+    weight: Tensor  # [B, S, N] how well their matches agree, in [0, 1]
+    facts: Tensor  # [B, S, N, FACTS] for the tokens
+
+
+class DepthHead(nn.Module):
+    """Omega's dense head, after blocks in which a frame's patches hear what the solver found."""
+
+    def __init__(self, config: MiniConfig) -> None:
+        super().__init__()
+        self.special = 1 + config.registers
+        self.found = nn.Linear(FACTS, config.embed_dim)
+        self.blocks = nn.ModuleList(block(config, qk_norm=True) for _ in range(config.late_depth))
+        self.dense_head = DenseHead(config)
+
+    def forward(
+        self, rotate: Rotation, size: Size, inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Depth and confidence [b, H, W] of four layers [b, T, 2D] and facts [b, N, FACTS]."""
+        *layers, last, facts = inputs
+        frame, tokens = last.chunk(2, -1)
+        tokens = tokens + F.pad(self.found(facts), (0, 0, self.special, 0))
+        for late_block in self.blocks:
+            tokens = late_block(tokens, rotate)
+        with full_precision(tokens):
+            layers.append(torch.cat([frame, tokens], -1))
+            depth, confidence = self.dense_head([x[:, self.special :] for x in layers], size)
+        return depth, confidence
 
 
 class Mini(nn.Module):
@@ -122,8 +162,10 @@ class Mini(nn.Module):
         self.look_norm = nn.LayerNorm(D)
         self.match = nn.Linear(7, D)
         self.context = nn.Linear(2 * D, 4 * 64)
+        self.cell_depth = nn.Linear(2 * D, 4)
+        self.match_head = MatchHead(128)
         self.camera_head = CameraHead(config)
-        self.dense_head = DenseHead(config)
+        self.depth_head = DepthHead(config)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 initialize(module)
@@ -131,6 +173,8 @@ class Mini(nn.Module):
         pose = self.camera_head.camera_branch[2]
         assert isinstance(pose, nn.Linear)
         with torch.no_grad():
+            self.cell_depth.weight.mul_(0.1)
+            self.depth_head.found.weight.zero_()
             pose.weight.mul_(0.1)
             # Near the identity and 60 degrees from the first step on.
             pose.bias.copy_(torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1.0]))
@@ -143,12 +187,12 @@ class Mini(nn.Module):
         """The matches and the tokens of images [B, S, 3, H, W] in [0, 1]."""
         B, S, _, H, W = images.shape
         h, w = grid = (H // 16, W // 16)
-        with compute(self.aggregator.get_parameter("frame_blocks.0.attn.proj.weight")):
+        with compute(self._matrix):
             pixels = normalized(images)[..., : 16 * h, : 16 * w].flatten(0, 1)
             local = self.aggregator.patch_embed(pixels)
             with full_precision(images), torch.no_grad():
                 first = torch.zeros(B, S, 1, dtype=torch.int64, device=images.device)
-                matches = solver.find(local.unflatten(0, (B, S)), first, SHARPNESS)
+                matches = matching.find(local.unflatten(0, (B, S)), first, SHARPNESS)
             look = torch.cat([F.pixel_unshuffle(local, 2), F.avg_pool2d(pixels, 16)], 1)
             tokens = self.look_norm(self.look(look.flatten(2).mT))  # [B S, N, D]
             placed = add_positions(torch.zeros_like(tokens).mT.unflatten(-1, grid), w / h)
@@ -160,61 +204,96 @@ class Mini(nn.Module):
         layers = [cached[i] for i in self.config.cached_layers]
         return Seen(layers, local.unflatten(0, (B, S)), (H, W))
 
+    @property
+    def _matrix(self) -> Tensor:
+        """One of the matrices whose products are computed in short numbers."""
+        return self.aggregator.get_parameter("frame_blocks.0.attn.proj.weight")
+
     def read(self, seen: Seen, frames_per_chunk: int = 8) -> Outputs:
         """What the heads and the solver make of it; two passes of poses, before and after."""
-        guess = self.guess(seen, frames_per_chunk)
-        pose, depth = self.settle(seen, guess)
+        guess = self.guess(seen)
+        settled = self.settle(seen, guess)
+        depth, confidence = self.dense(seen, settled, frames_per_chunk)
+        pose = settled.pose
+        with full_precision(depth):
+            # Where matches agree, cameras and depth maps shall.
+            there = _cells(depth, seen.size).gather(2, settled.cell)
+            apart = ((there / settled.depth).log() * settled.weight).sum((1, 2))
+            scale = (apart / settled.weight.sum((1, 2)).clamp(min=1e-6)).exp()
+            pose = torch.cat([pose[..., :3] * scale[:, None, None], pose[..., 3:]], -1)
         tokens = seen.layers[-1][:, :, : 1 + self.config.registers]
-        passes = torch.stack([guess.pose, pose])
-        return Outputs(passes, depth, guess.confidence, tokens=tokens)
+        return Outputs(torch.stack([guess.pose, pose]), depth, confidence, tokens=tokens)
 
-    def guess(self, seen: Seen, frames_per_chunk: int = 8) -> Guess:
-        """What the heads say."""
+    def guess(self, seen: Seen) -> Guess:
+        """What the tokens say."""
         special = 1 + self.config.registers
-        dense = partial(self.dense_head, size=seen.size)
-        with full_precision(seen.layers[-1]):
-            patches = [layer[:, :, special:] for layer in seen.layers]
-            depth, confidence = by_frames(dense, patches, frames_per_chunk)
-            pose = self.camera_head(seen.layers[-1][:, :, :special].float())
-            context = self.context(patches[-1].float()).flatten(0, 1).mT
-            cells = context.unflatten(-1, (seen.size[0] // 16, seen.size[1] // 16))
-            context = F.pixel_shuffle(cells, 2).unflatten(0, seen.local.shape[:2])
+        h, w = seen.size[0] // 16, seen.size[1] // 16
+        last = seen.layers[-1]
+        with full_precision(last):
+            pose = self.camera_head(last[:, :, :special].float())
+            patches = last[:, :, special:].float()
+            depth = self.cell_depth(patches).exp()
+            both = [seen.local.float(), self.context(patches)]
+            depth, both[1] = (
+                F.pixel_shuffle(x.mT.unflatten(-1, (h, w)), 2) for x in (depth, both[1])
+            )
             # Each half counts as much as the other, and as sharply as alone.
-            both = [F.normalize(x, dim=2) for x in (seen.local.float(), context)]
-        return Guess(depth, confidence, pose, torch.cat(both, 2))
+            context = torch.cat([F.normalize(x, dim=2) for x in both], 2)
+        return Guess(depth[:, :, 0].flatten(2), pose, context)
 
-    def settle(self, seen: Seen, guess: Guess) -> tuple[Tensor, Tensor]:
-        """Pose encodings [B, S, 9] and depth [B, S, H, W] by the solver, without gradient."""
+    def settle(self, seen: Seen, guess: Guess) -> Settled:
+        """What the solver finds from a guess."""
+        h, w = grid = (seen.size[0] // 16, seen.size[1] // 16)
         with full_precision(guess.depth), torch.no_grad():
-            matches = solver.find(guess.context, solver.others(guess.context), 2 * SHARPNESS)
-            solution, change = _solved(matches, guess.depth, guess.pose, seen.size)
-            closer = F.interpolate(change, guess.depth.shape[-2:], mode="bilinear").exp()
-            return _encoded(solution, seen.size), guess.depth * closer
+            target = matching.others(guess.context)
+            matches = matching.find(guess.context, target, 2 * SHARPNESS)
+            matches = matching.refine(matches, guess.context, self.match_head)
+            coarse = guess.depth.gather(2, matches.cell)
+            extrinsics, lenses = decode_pose(guess.pose, (16 * h, 16 * w))
+            focal = lenses[..., 0, 0].mean(1) / (8 * max(grid))
+            # In the world of the first camera, which the head only nearly is.
+            extrinsics = compose(extrinsics, invert(extrinsics[:, :1]).expand_as(extrinsics))
+            start = extrinsics[..., :3], extrinsics[..., 3]
+            found = solver.cameras(matches, coarse, start, focal, grid)
+            weight = found.agreement.amax(2)
+            apart = (weight * (coarse / found.depth).log()).sum((1, 2))
+            scale = (apart / weight.sum((1, 2)).clamp(min=1e-6)).exp()[:, None, None]
+            found = found._replace(translation=found.translation * scale, depth=found.depth * scale)
+            facts = _facts(matches, found, coarse, grid)
+            return Settled(_encoded(found, seen.size), matches.cell, found.depth, weight, facts)
+
+    def dense(
+        self, seen: Seen, settled: Settled, frames_per_chunk: int = 8
+    ) -> tuple[Tensor, Tensor]:
+        """Depth and its confidence [B, S, H, W]."""
+        special = 1 + self.config.registers
+        rotate = self.aggregator.rope_embed((seen.size[0] // 16, seen.size[1] // 16), special)
+        read = partial(self.depth_head, rotate, seen.size)
+        with compute(self._matrix):
+            depth, confidence = by_frames(read, [*seen.layers, settled.facts], frames_per_chunk)
+        return depth, confidence
 
 
-def _solved(matches: Matches, depth: Tensor, pose: Tensor, size: Size) -> tuple[Solution, Tensor]:
-    """The solution in the scale of depth [B, S, H, W], and the change of log depth [B, S, h, w].
+def _cells(depth: Tensor, size: Size) -> Tensor:
+    """Mean depth [B, S, cells] of the cells of maps [B, S, H, W]."""
+    return F.avg_pool2d(depth[..., : size[0] // 16 * 16, : size[1] // 16 * 16], 8).flatten(2)
 
-    The change is that of the patches with matches that agree, smoothed over their neighbours.
-    """
-    h, w = grid = (size[0] // 16, size[1] // 16)
-    coarse = F.avg_pool2d(depth[..., : 16 * h, : 16 * w], 8).flatten(2).gather(2, matches.cell)
-    extrinsics, lenses = decode_pose(pose, (16 * h, 16 * w))
-    focal = lenses[..., 0, 0].mean(1) / (8 * max(grid))
-    # In the world of the first camera, which the head only nearly is.
-    extrinsics = compose(extrinsics, invert(extrinsics[:, :1]).expand_as(extrinsics))
-    found = solver.cameras(matches, coarse, (extrinsics[..., :3], extrinsics[..., 3]), focal, grid)
-    weight = found.agreement.amax(2)  # [B, S, N]
-    change = (found.depth / coarse).log()
-    scale = -(change * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-6)
-    found = found._replace(
-        translation=found.translation * scale.exp()[:, None, None],
-        depth=found.depth * scale.exp()[:, None, None],
-    )
-    change = (change + scale[:, None, None]).clamp(-1, 1)
-    smooth = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1)
-    total, count = (smooth(x.unflatten(-1, grid)) for x in (change * weight, weight))
-    return found, total / (count + 0.1)
+
+def _facts(matches: Matches, found: Solution, guessed: Tensor, grid: Size) -> Tensor:
+    """[B, S, N, FACTS]: depth, trust, place in the patch, ray, world, camera."""
+    R, t = found.rotation, found.translation
+    rays = solver.rays(matches.own, found.focal)
+    world = (rays * found.depth[..., None] - t[:, :, None]) @ R
+    deeper = (found.depth / guessed).log().clamp(-3, 3)
+    agreement = torch.stack([found.agreement.amax(2), found.agreement.mean(2)], -1)
+    row, column = matches.cell // (2 * grid[1]), matches.cell % (2 * grid[1])
+    corner = torch.stack([row % 2, column % 2], -1).to(rays) - 0.5
+    center = -(R.mT @ t[..., None])[..., 0].clamp(-10, 10)
+    focal = found.focal.log()[:, None, None].expand(*R.shape[:2], 1)
+    camera = torch.cat([R.flatten(2), center, focal], -1)[:, :, None]
+    camera = camera.expand(-1, -1, row.shape[-1], -1)
+    depth = torch.stack([found.depth.log().clamp(-3, 3), deeper, deeper * agreement[..., 0]], -1)
+    return torch.cat([depth, agreement, corner, rays[..., :2], world.clamp(-10, 10), camera], -1)
 
 
 def _encoded(solution: Solution, size: Size) -> Tensor:

@@ -9,32 +9,21 @@ length; lengths are in units of the guess. World is the first camera.
 
 from __future__ import annotations
 
-from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vggt_cli.models.matching import Matches, Size
+
 Pose = tuple[Tensor, Tensor]  # rotation [..., 3, 3] and translation [..., 3]
-Size = tuple[int, int]  # (rows, columns)
 
 FOCAL = 3**0.5  # 60 degrees along the longer side, until the matches know better
 STEPS = 30
 LOOSE, TIGHT = 0.4, 0.04  # scale of errors that are believed, in the first and in the last step
 DEPTH_DOUBT, FOCAL_DOUBT = 0.5, 0.3  # standard deviations of the guesses' logarithms
 NEAREST = 0.05  # depth before a camera
-CHUNK = 32  # frames matched at a time, for memory
-
-
-class Matches(NamedTuple):
-    """For one cell of each patch its places in other frames."""
-
-    cell: Tensor  # [B, S, N] int64 which cell of its frame: the patch's surest
-    own: Tensor  # [B, S, N, 2] its place
-    target: Tensor  # [B, S, K] int64 frames
-    place: Tensor  # [B, S, K, N, 2] in the target
-    certainty: Tensor  # [B, S, K, N] in [0, 1]; 1: each other's only candidate
 
 
 class Solution(NamedTuple):
@@ -55,83 +44,6 @@ class _Equations(NamedTuple):
     mixed: Tensor  # [B, S, N, L]
     depth: Tensor  # [B, S, N]
     depth_right: Tensor  # [B, S, N]
-
-
-def find(features: Tensor, target: Tensor, sharpness: float) -> Matches:
-    """Matches of features [B, S, C, h, w], h and w even, with frames `target` [B, S, K].
-
-    sharpness: of likeness, with which the features were trained. A match is the mean place of the
-    cells around the most alike one, weighted by likeness.
-    """
-    B, S, _, h, w = features.shape
-    unit = F.normalize(features.float().flatten(3), dim=2)  # [B, S, C, cells]
-    places, around = _places(h, w).to(unit), _around(h, w).to(unit.device)
-    every = torch.arange(B)[:, None]
-    found, sure = [], []
-    for s, k in product(range(0, S, CHUNK), range(target.shape[2])):
-        other = unit[every, target[:, s : s + CHUNK, k]]
-        alike = (unit[:, s : s + CHUNK].mT @ other * sharpness - sharpness / 2).exp()
-        mutual = alike.square() / alike.sum(-1, keepdim=True) / alike.sum(-2, keepdim=True)
-        certainty, best = mutual.max(-1)
-        spot = around[best]  # [B, chunk, cells, 9]
-        weight = alike.gather(-1, spot)[..., None]
-        found.append((weight * places[spot]).sum(-2) / weight.sum(-2))
-        sure.append(certainty)
-    K = target.shape[2]
-    place, certainty = (
-        torch.cat([torch.stack(x[i : i + K], 2) for i in range(0, len(x), K)], 1)
-        for x in (found, sure)
-    )
-    return _surest(places, target, place, certainty, (h, w))
-
-
-def others(features: Tensor, count: int = 8) -> Tensor:
-    """[B, S, K] the frames to match each with: all others, or the two beside and the most alike.
-
-    features: [B, S, C, h, w]. A single frame is matched with itself.
-    """
-    B, S = features.shape[:2]
-    order = torch.arange(S, device=features.device)
-    if count + 1 >= S:
-        return (order[:, None] + order[min(1, S - 1) :]).remainder(S).expand(B, -1, -1)
-    unit = F.normalize(features.float().flatten(0, 1), dim=1)
-    coarse = F.normalize(F.avg_pool2d(unit, 2).flatten(2).unflatten(0, (B, S)), dim=2)
-    alike = [(coarse[:, s : s + 1].mT @ coarse).amax(-1).mean(-1) for s in range(S)]
-    close = torch.stack(alike, 1)
-    close = close + close.mT
-    apart = (order[:, None] - order).abs()
-    close = close + 9.0 * (apart == 1) - 9.0 * (apart == 0)
-    return close.topk(count, dim=-1).indices
-
-
-def _surest(
-    places: Tensor, target: Tensor, place: Tensor, certainty: Tensor, grid: Size
-) -> Matches:
-    """Of each patch of 2 x 2 cells the surest, from places and certainties of all cells."""
-    h, w = grid
-    B, S, K = target.shape
-    patches = F.pixel_unshuffle(torch.arange(h * w).view(1, h, w), 2).flatten(1).T  # [N, 4]
-    patches = patches.to(place.device)
-    best = certainty.sum(2)[..., patches].argmax(-1, keepdim=True)
-    cell = patches.expand(B, S, -1, -1).gather(-1, best)[..., 0]
-    every = cell[:, :, None].expand(-1, -1, K, -1)
-    place = place.gather(3, every[..., None].expand(-1, -1, -1, -1, 2))
-    return Matches(cell, places[cell], target, place, certainty.gather(3, every))
-
-
-def _places(h: int, w: int) -> Tensor:
-    """[h w, 2]: where cells lie."""
-    rows, columns = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
-    xy = torch.stack([columns, rows], -1).flatten(0, 1)
-    return (xy - torch.tensor([w / 2, h / 2])) / (max(h, w) / 2)
-
-
-def _around(h: int, w: int) -> Tensor:
-    """[h w, 9] int64: the cells around each cell; beyond the border the nearest."""
-    step = torch.arange(-1, 2)
-    rows = (torch.arange(h)[:, None] + step).clamp(0, h - 1)  # [h, 3]
-    columns = (torch.arange(w)[:, None] + step).clamp(0, w - 1)
-    return (rows[:, None, :, None] * w + columns[None, :, None]).flatten(2).flatten(0, 1)
 
 
 def cameras(matches: Matches, depth: Tensor, pose: Pose, focal: Tensor, grid: Size) -> Solution:

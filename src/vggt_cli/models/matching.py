@@ -1,0 +1,155 @@
+"""Matches of cells between frames, by the likeness of their features.
+
+B sequences, S frames, K target frames of each, N patches of 2 x 2 cells each, C channels. Places
+are (x, y) in halves of the images' longer side from the centre.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Size = tuple[int, int]  # (rows, columns)
+
+CHUNK = 32  # frames matched at a time, for memory
+REACH = 1.5  # cells from the middle of the most alike one within which a match can be found
+
+
+class Matches(NamedTuple):
+    """For one cell of each patch its places in other frames."""
+
+    cell: Tensor  # [B, S, N] int64 which cell of its frame: the patch's surest
+    own: Tensor  # [B, S, N, 2] its place
+    target: Tensor  # [B, S, K] int64 frames
+    place: Tensor  # [B, S, K, N, 2] in the target
+    certainty: Tensor  # [B, S, K, N] in [0, 1]; 1: each other's only candidate
+    best: Tensor  # [B, S, K, N] int64 the most alike cell there
+
+
+class MatchHead(nn.Module):
+    """What two cells that are each other's most alike say: where exactly, and whether at all."""
+
+    def __init__(self, width: int, hidden: int = 256) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(2 * width + 2, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, 3),
+        )
+
+    def forward(self, own: Tensor, other: Tensor, certainty: Tensor) -> tuple[Tensor, Tensor]:
+        """Offsets [..., 2] in cells from the middle of the other cell, and logits [...].
+
+        own, other: unit features [..., C]; certainty [...] as in Matches. The logit is that of
+        the point being visible within REACH.
+        """
+        alike = (own * other).sum(-1, keepdim=True)
+        rarity = certainty.clamp(min=1e-6).log()[..., None] / 4
+        out = self.layers(torch.cat([own * 8, other * 8, alike * 8 - 4, rarity], -1))
+        return out[..., :2], out[..., 2]
+
+
+def mutual(own: Tensor, other: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
+    """Likeness [..., N, M] and certainty that each is the other's match, of unit features."""
+    alike = (own @ other.mT * sharpness - sharpness / 2).exp()
+    return alike, alike.square() / alike.sum(-1, keepdim=True) / alike.sum(-2, keepdim=True)
+
+
+def find(features: Tensor, target: Tensor, sharpness: float) -> Matches:
+    """Matches of features [B, S, C, h, w], h and w even, with frames `target` [B, S, K].
+
+    sharpness: of likeness, with which the features were trained. A match is the mean place of the
+    cells around the most alike one, weighted by likeness.
+    """
+    B, S, _, h, w = features.shape
+    unit = F.normalize(features.float().flatten(3), dim=2).mT  # [B, S, cells, C]
+    places, around = _places(h, w).to(unit), _around(h, w).to(unit.device)
+    every = torch.arange(B)[:, None]
+    found: list[tuple[Tensor, ...]] = []
+    for s, k in product(range(0, S, CHUNK), range(target.shape[2])):
+        other = unit[every, target[:, s : s + CHUNK, k]]
+        alike, sure = mutual(unit[:, s : s + CHUNK], other, sharpness)
+        certainty, best = sure.max(-1)
+        spot = around[best]  # [B, chunk, cells, 9]
+        weight = alike.gather(-1, spot)[..., None]
+        place = (weight * places[spot]).sum(-2) / weight.sum(-2)
+        found.append((place, certainty, best))
+    K = target.shape[2]
+    place, certainty, best = (
+        torch.cat([torch.stack(x[i : i + K], 2) for i in range(0, len(x), K)], 1)
+        for x in zip(*found, strict=True)
+    )
+    return _surest(places, target, (place, certainty, best), (h, w))
+
+
+def refine(matches: Matches, features: Tensor, head: MatchHead) -> Matches:
+    """The same matches as `head` sees them, by the features [B, S, C, h, w] that found them."""
+    h, w = features.shape[-2:]
+    unit = F.normalize(features.float().flatten(3), dim=2).mT
+    own = unit.gather(2, matches.cell[..., None].expand(-1, -1, -1, unit.shape[-1]))
+    every = torch.arange(len(unit), device=unit.device)[:, None, None]
+    places = _places(h, w).to(unit)
+    place, certainty = torch.empty_like(matches.place), torch.empty_like(matches.certainty)
+    for k in range(matches.target.shape[2]):
+        other = unit[every, matches.target[:, :, k, None], matches.best[:, :, k]]
+        offset, logit = head(own, other, matches.certainty[:, :, k])
+        offset = offset.clamp(-REACH, REACH) / (max(h, w) / 2)
+        place[:, :, k] = places[matches.best[:, :, k]] + offset
+        certainty[:, :, k] = logit.sigmoid()
+    return matches._replace(place=place, certainty=certainty)
+
+
+def others(features: Tensor, count: int = 8) -> Tensor:
+    """[B, S, K] the frames to match each with: all others, or the two beside and the most alike.
+
+    features: [B, S, C, h, w]. A single frame is matched with itself.
+    """
+    B, S = features.shape[:2]
+    order = torch.arange(S, device=features.device)
+    if count + 1 >= S:
+        return (order[:, None] + order[min(1, S - 1) :]).remainder(S).expand(B, -1, -1)
+    unit = F.normalize(features.float().flatten(0, 1), dim=1)
+    coarse = F.normalize(F.avg_pool2d(unit, 2).flatten(2).unflatten(0, (B, S)), dim=2)
+    alike = [(coarse[:, s : s + 1].mT @ coarse).amax(-1).mean(-1) for s in range(S)]
+    close = torch.stack(alike, 1)
+    close = close + close.mT
+    apart = (order[:, None] - order).abs()
+    close = close + 9.0 * (apart == 1) - 9.0 * (apart == 0)
+    return close.topk(count, dim=-1).indices
+
+
+def _surest(
+    places: Tensor, target: Tensor, found: tuple[Tensor, Tensor, Tensor], grid: Size
+) -> Matches:
+    """Of each patch of 2 x 2 cells the surest; found: place, certainty and best of all cells."""
+    h, w = grid
+    (place, certainty, best), (B, S, K) = found, target.shape
+    patches = F.pixel_unshuffle(torch.arange(h * w).view(1, h, w), 2).flatten(1).T  # [N, 4]
+    patches = patches.to(place.device)
+    surest = certainty.sum(2)[..., patches].argmax(-1, keepdim=True)
+    cell = patches.expand(B, S, -1, -1).gather(-1, surest)[..., 0]
+    every = cell[:, :, None].expand(-1, -1, K, -1)
+    place = place.gather(3, every[..., None].expand(-1, -1, -1, -1, 2))
+    certainty, best = certainty.gather(3, every), best.gather(3, every)
+    return Matches(cell, places[cell], target, place, certainty, best)
+
+
+def _places(h: int, w: int) -> Tensor:
+    """[h w, 2]: where cells lie."""
+    rows, columns = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+    xy = torch.stack([columns, rows], -1).flatten(0, 1)
+    return (xy - torch.tensor([w / 2, h / 2])) / (max(h, w) / 2)
+
+
+def _around(h: int, w: int) -> Tensor:
+    """[h w, 9] int64: the cells around each cell; beyond the border the nearest."""
+    step = torch.arange(-1, 2)
+    rows = (torch.arange(h)[:, None] + step).clamp(0, h - 1)  # [h, 3]
+    columns = (torch.arange(w)[:, None] + step).clamp(0, w - 1)
+    return (rows[:, None, :, None] * w + columns[None, :, None]).flatten(2).flatten(0, 1)
