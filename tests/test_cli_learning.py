@@ -39,16 +39,19 @@ def test_training_goes_on_from_weights_and_writes_some_that_load(trained: Path) 
     assert 0 < sum(moved) < len(moved)  # the local features stay
 
 
-def test_all_but_the_encoder_can_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "prefix"), [("encoder", "aggregator.patch_embed."), ("depth-head", "depth_head.")]
+)
+def test_all_but_one_part_can_stay(tmp_path: Path, part: str, prefix: str) -> None:
     arguments = ["train", "--out", str(tmp_path), "--init", "mini", "--steps", "2", *SMALL, "-q"]
-    done = CliRunner().invoke(app, [*arguments, "--freeze", "all-but-encoder", "--rate", "1e-1"])
+    done = CliRunner().invoke(app, [*arguments, "--freeze", f"all-but-{part}", "--rate", "1e-1"])
     assert done.exit_code == 0, done.output
     network, _ = weights.load(tmp_path / "mini.safetensors", torch.device("cpu"), torch.float32)
     start, _ = weights.load("mini", torch.device("cpu"), torch.float32)
     before = dict(start.named_parameters())
     moved = {name for name, p in network.named_parameters() if not p.equal(before[name])}
     assert moved
-    assert all(name.startswith("aggregator.patch_embed") for name in moved), moved
+    assert all(name.startswith(prefix) for name in moved), moved
 
 
 def test_a_smoke_run_says_that_the_loss_falls() -> None:

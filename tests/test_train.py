@@ -246,14 +246,18 @@ def test_groups_spare_the_encoder_and_what_is_no_matrix(tmp_path: Path) -> None:
     assert sum(len(group["params"]) for group in found) == len(names) + 2
 
 
-@pytest.mark.parametrize("part", ["encoder", "aggregator"])
-def test_what_is_frozen_has_no_gradient_no_optimizer_state_and_evaluates(part: str) -> None:
-    network = networks.build(tiny.VGGT)
+@pytest.mark.parametrize("numbers", [tiny.VGGT, tiny.OMEGA], ids=["vggt", "omega"])
+@pytest.mark.parametrize("part", list(train.PARTS))
+def test_what_is_frozen_has_no_gradient_no_optimizer_state_and_evaluates(
+    part: str, numbers: networks.Config
+) -> None:
+    network = networks.build(numbers)
     train.freeze(network, (part,))
-    frozen = {id(p) for p in network.get_submodule(train.PARTS[part]).parameters()}
+    frozen = {id(p) for p in train.part_of(network, part).parameters()}
+    assert frozen
     assert all(p.requires_grad == (id(p) not in frozen) for p in network.parameters())
     assert network.training
-    assert not network.get_submodule(train.PARTS[part]).training
+    assert not train.part_of(network, part).training
     listed = train.groups(network, nn.Linear(1, 1), TrainConfig(Path()))
     assert not frozen & {id(p) for group in listed for p in group["params"]}
 

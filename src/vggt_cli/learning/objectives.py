@@ -54,7 +54,8 @@ class Weights:
     matching: float = 0.3
 
 
-MINI_WEIGHTS = Weights(point=2.0, track=0.0, matching=1.0)
+# Equal say in the trunk: by gradient, camera and points would have ten times that of matches.
+MINI_WEIGHTS = Weights(camera=1.0, depth=5.0, point=0.5, track=0.0, matching=5.0)
 VGGT_WEIGHTS = Weights(camera=5.0, depth=1.0, point=1.0, track=0.05, matching=0.0)
 OMEGA_WEIGHTS = Weights()  # published, but for the matching term, whose form and weight are ours
 

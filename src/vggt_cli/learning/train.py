@@ -38,6 +38,7 @@ from vggt_cli.models import weights as known_weights
 from vggt_cli.models.layers import Block
 from vggt_cli.models.mini import Mini, MiniConfig
 from vggt_cli.models.networks import Network
+from vggt_cli.models.omega import VGGTOmega
 from vggt_cli.reconstruction.pipeline import Progress, silent
 
 log = logging.getLogger(__name__)
@@ -218,16 +219,24 @@ def _network(init: str | None, device: torch.device) -> tuple[str, Network]:
 def freeze(network: Network, names: tuple[str, ...] | None = None) -> None:
     """Sets everything to be trained but the parts of those names; without, but mini's encoder.
 
-    mini's encoder learns alone, before the rest: that costs less, and matches decide the rest.
+    mini's encoder learns alone, before the rest, and its depth head last: that costs less, and
+    matches decide the rest. With REST before its name a part learns alone.
     """
     network.train().requires_grad_(True)
     if names is None:
         names = ("encoder",) if isinstance(network, Mini) else ()
     for name in names:
-        part = network.get_submodule(PARTS[name.removeprefix(REST)])
-        if name.startswith(REST):
+        alone = name.startswith(REST)
+        if alone:
             network.eval().requires_grad_(False)
-        part.train(name.startswith(REST)).requires_grad_(name.startswith(REST))
+        part_of(network, name.removeprefix(REST)).train(alone).requires_grad_(alone)
+
+
+def part_of(network: Network, name: str) -> nn.Module:
+    """The part of a name of PARTS; VGGT-Omega's checkpoints call the depth head otherwise."""
+    if name == "depth-head" and isinstance(network, VGGTOmega):
+        return network.dense_head
+    return network.get_submodule(PARTS[name])
 
 
 def groups(network: Network, teacher: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
