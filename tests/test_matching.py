@@ -30,6 +30,19 @@ def test_matches_of_a_frame_that_moved_are_where_it_came_from() -> None:
     assert torch.equal(matches.target[0], torch.tensor([[1], [0]]))
 
 
+def test_of_each_patch_the_surest_cells_come_first() -> None:
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 2, 16, 6, 8, generator=random)
+    target = matching.others(features)
+    one, three = (matching.find(features, target, 20.0, count) for count in (1, 3))
+    assert torch.equal(one.cell, three.cell[..., :12])
+    assert_close(one.place, three.place[..., :12, :])
+    assert_close(one.certainty, three.certainty[..., :12])
+    patch = three.cell // 16 * 4 + three.cell % 8 // 2
+    assert torch.equal(patch[..., :12], patch[..., 12:24])
+    assert len(set(three.cell[0, 0].tolist())) == 36
+
+
 def test_what_is_nowhere_else_has_no_certain_match() -> None:
     random = torch.Generator().manual_seed(0)
     matches = pairwise(torch.randn(1, 2, 64, 6, 8, generator=random))

@@ -58,6 +58,12 @@ def pairwise(features: Tensor) -> Matches:
     return matching.find(features, matching.others(features), 20.0)
 
 
+def chart(depth: Tensor) -> Tensor:
+    """[1, S, *GRID] of the depths of all cells."""
+    found: Tensor = depth.unflatten(-1, GRID)
+    return found
+
+
 def degrees(a: Tensor, b: Tensor) -> float:
     """The largest angle between rotations."""
     cosine = (torch.diagonal(a.mT @ b, dim1=-2, dim2=-1).sum(-1) - 1) / 2
@@ -78,7 +84,7 @@ def still(like: Tensor) -> solver.Pose:
 @pytest.mark.parametrize("frames", [2, 3, 6])
 def test_exact_matches_and_depths_give_the_cameras(frames: int) -> None:
     matches, depth, R, t = scene(frames)
-    found = solver.cameras(matches, depth, still(depth), torch.tensor([FOCAL]), GRID)
+    found = solver.cameras(matches, chart(depth), still(depth), torch.tensor([FOCAL]))
     assert degrees(found.rotation, R) < 0.5
     assert directions(found.translation, t) < 1
     assert_close(found.focal, torch.tensor([FOCAL]), rtol=0.02, atol=0)
@@ -91,7 +97,7 @@ def test_exact_matches_and_depths_give_the_cameras(frames: int) -> None:
 def test_without_depth_the_cameras_are_found_all_the_same() -> None:
     matches, depth, R, t = scene(4, seed=1)
     flat = torch.full_like(depth, 2.5)
-    found = solver.cameras(matches, flat, still(depth), torch.tensor([solver.FOCAL]), GRID)
+    found = solver.cameras(matches, chart(flat), still(depth), torch.tensor([solver.FOCAL]))
     assert degrees(found.rotation, R) < 5
     assert directions(found.translation, t) < 10
     assert abs(float(found.focal) / FOCAL - 1) < 0.1
@@ -104,7 +110,7 @@ def test_wrong_matches_hardly_matter_and_are_known_afterwards() -> None:
     anywhere = 2 * torch.rand(matches.place.shape, generator=random) - 1
     matches = matches._replace(place=torch.where(wrong[..., None], anywhere, matches.place))
     noisy = depth * torch.exp(0.1 * torch.randn(depth.shape, generator=random))
-    found = solver.cameras(matches, noisy, still(depth), torch.tensor([FOCAL]), GRID)
+    found = solver.cameras(matches, chart(noisy), still(depth), torch.tensor([FOCAL]))
     assert degrees(found.rotation, R) < 2
     assert directions(found.translation, t) < 4
     assert found.agreement[wrong].mean() < 0.2
@@ -113,7 +119,7 @@ def test_wrong_matches_hardly_matter_and_are_known_afterwards() -> None:
 
 def test_the_first_camera_is_the_world() -> None:
     matches, depth, *_ = scene(3)
-    found = solver.cameras(matches, depth, still(depth), torch.tensor([FOCAL]), GRID)
+    found = solver.cameras(matches, chart(depth), still(depth), torch.tensor([FOCAL]))
     assert torch.equal(found.rotation[:, 0], torch.eye(3)[None])
     assert torch.equal(found.translation[:, 0], torch.zeros(1, 3))
 
@@ -123,16 +129,16 @@ def test_sequences_of_a_batch_do_not_touch_each_other() -> None:
     matches = Matches(*(torch.cat(x) for x in zip(a[0], b[0], strict=True)))
     depth = torch.cat([a[1], b[1]])
     focal = torch.full((2,), FOCAL)
-    both = solver.cameras(matches, depth, still(depth), focal, GRID)
-    one = solver.cameras(b[0], b[1], still(b[1]), focal[:1], GRID)
+    both = solver.cameras(matches, chart(depth), still(depth), focal)
+    one = solver.cameras(b[0], chart(b[1]), still(b[1]), focal[:1])
     assert_close(both.rotation[1:], one.rotation, atol=1e-3, rtol=0)
     assert_close(both.translation[1:], one.translation, atol=2e-3, rtol=0)
 
 
 def test_one_frame_stays_where_it_is() -> None:
     matches = pairwise(torch.randn(2, 1, 8, 6, 8, generator=torch.Generator().manual_seed(0)))
-    depth = torch.full((2, 1, 12), 2.0)
-    found = solver.cameras(matches, depth, still(depth), torch.full((2,), FOCAL), (3, 4))
+    depth = torch.full((2, 1, 6 * 8), 2.0)
+    found = solver.cameras(matches, chart(depth), still(depth), torch.full((2,), FOCAL))
     assert_close(found.rotation, torch.eye(3).expand(2, 1, 3, 3))
     assert found.translation.abs().max() == 0
-    assert_close(found.depth, depth)
+    assert_close(found.depth, depth[:, :, :12])  # one cell of each patch

@@ -214,8 +214,7 @@ def _mini_guess(
     camera = losses.camera_parts(guess.pose, truth)
     _, known = losses.patch_points(truth, 8)
     middle = truth.depth[..., 4::8, 4::8][..., : known.shape[-2], : known.shape[-1]]
-    known = known.flatten(2)
-    cells = (guess.depth / middle.flatten(2).clamp(min=1e-6)).log()[known].abs().clamp(max=3)
+    cells = (guess.depth / middle.clamp(min=1e-6)).log()[known].abs().clamp(max=3)
     true, valid = losses.patch_points(truth, patch)
     points = teacher.points(seen.layers[-1][:, :, 1 + network.config.registers :].float())
     point = (points.unflatten(2, true.shape[2:4]) - true).abs().clamp(max=10)[valid]

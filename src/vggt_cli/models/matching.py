@@ -1,6 +1,6 @@
 """Matches of cells between frames, by the likeness of their features.
 
-B sequences, S frames, K target frames of each, N patches of 2 x 2 cells each, C channels. Places
+B sequences, S frames, K target frames of each, N matched cells, C channels. Places
 are (x, y) in halves of the images' longer side from the centre.
 """
 
@@ -20,9 +20,9 @@ REACH = 1.5  # cells from the middle of the most alike one within which a match 
 
 
 class Matches(NamedTuple):
-    """For one cell of each patch its places in other frames."""
+    """For some cells of each patch their places in other frames; N of them in all."""
 
-    cell: Tensor  # [B, S, N] int64 which cell of its frame: the patch's surest
+    cell: Tensor  # [B, S, N] int64 which cells of their frame: of all patches the surest, then on
     own: Tensor  # [B, S, N, 2] its place
     target: Tensor  # [B, S, K] int64 frames
     place: Tensor  # [B, S, K, N, 2] in the target
@@ -61,11 +61,12 @@ def mutual(own: Tensor, other: Tensor, sharpness: float) -> tuple[Tensor, Tensor
     return alike, alike.square() / alike.sum(-1, keepdim=True) / alike.sum(-2, keepdim=True)
 
 
-def find(features: Tensor, target: Tensor, sharpness: float) -> Matches:
+def find(features: Tensor, target: Tensor, sharpness: float, per_patch: int = 1) -> Matches:
     """Matches of features [B, S, C, h, w], h and w even, with frames `target` [B, S, K].
 
-    sharpness: of likeness, with which the features were trained. A match is the mean place of the
-    cells around the most alike one, weighted by likeness.
+    sharpness: of likeness, with which the features were trained; per_patch: how many of the four
+    cells of a patch are matched, the surest. A match is the mean place of the cells around the most
+    alike one, weighted by likeness.
     """
     B, S, _, h, w = features.shape
     unit = F.normalize(features.float().flatten(3), dim=2).mT  # [B, S, cells, C]
@@ -85,7 +86,7 @@ def find(features: Tensor, target: Tensor, sharpness: float) -> Matches:
         torch.cat([torch.stack(x[i : i + K], 2) for i in range(0, len(x), K)], 1)
         for x in zip(*found, strict=True)
     )
-    return _surest(places, target, (place, certainty, best), (h, w))
+    return _surest(places, target, (place, certainty, best), (h, w), per_patch)
 
 
 def refine(matches: Matches, features: Tensor, head: MatchHead) -> Matches:
@@ -125,15 +126,15 @@ def others(features: Tensor, count: int = 8) -> Tensor:
 
 
 def _surest(
-    places: Tensor, target: Tensor, found: tuple[Tensor, Tensor, Tensor], grid: Size
+    places: Tensor, target: Tensor, found: tuple[Tensor, Tensor, Tensor], grid: Size, count: int
 ) -> Matches:
     """Of each patch of 2 x 2 cells the surest; found: place, certainty and best of all cells."""
     h, w = grid
     (place, certainty, best), (B, S, K) = found, target.shape
-    patches = F.pixel_unshuffle(torch.arange(h * w).view(1, h, w), 2).flatten(1).T  # [N, 4]
+    patches = F.pixel_unshuffle(torch.arange(h * w).view(1, h, w), 2).flatten(1).T  # [h w / 4, 4]
     patches = patches.to(place.device)
-    surest = certainty.sum(2)[..., patches].argmax(-1, keepdim=True)
-    cell = patches.expand(B, S, -1, -1).gather(-1, surest)[..., 0]
+    surest = certainty.sum(2)[..., patches].topk(count, -1).indices
+    cell = patches.expand(B, S, -1, -1).gather(-1, surest).mT.flatten(2)
     every = cell[:, :, None].expand(-1, -1, K, -1)
     place = place.gather(3, every[..., None].expand(-1, -1, -1, -1, 2))
     certainty, best = certainty.gather(3, every), best.gather(3, every)

@@ -40,6 +40,7 @@ from vggt_cli.models.omega import Aggregator, CameraHead, DenseHead, TrunkConfig
 from vggt_cli.models.solver import Solution
 
 SHARPNESS = 20.0  # of the likeness of features that match: they are trained with it
+ENOUGH = 4000  # matched cells of a sequence
 FACTS = 25  # numbers of what the solver found at a patch
 
 
@@ -109,7 +110,7 @@ class Seen(NamedTuple):
 class Guess(NamedTuple):
     """What the tokens say before the solver has spoken."""
 
-    depth: Tensor  # [B, S, 4 N] of the cells
+    depth: Tensor  # [B, S, 2 h, 2 w] of the cells
     pose: Tensor  # [B, S, 9] pose encodings
     context: Tensor  # [B, S, 128, 2 h, 2 w] features to match, in the light of all frames
 
@@ -239,28 +240,31 @@ class Mini(nn.Module):
             )
             # Each half counts as much as the other, and as sharply as alone.
             context = torch.cat([F.normalize(x, dim=2) for x in both], 2)
-        return Guess(depth[:, :, 0].flatten(2), pose, context)
+        return Guess(depth[:, :, 0], pose, context)
 
     def settle(self, seen: Seen, guess: Guess) -> Settled:
         """What the solver finds from a guess."""
-        h, w = grid = (seen.size[0] // 16, seen.size[1] // 16)
+        N = guess.depth[0, 0].numel() // 4
         with full_precision(guess.depth), torch.no_grad():
             target = matching.others(guess.context)
-            matches = matching.find(guess.context, target, 2 * SHARPNESS)
+            # All cells where they are few: they cost the solver's time, and are worth it.
+            per_patch = max(1, min(4, ENOUGH // (N * guess.depth.shape[1])))
+            matches = matching.find(guess.context, target, 2 * SHARPNESS, per_patch)
             matches = matching.refine(matches, guess.context, self.match_head)
-            coarse = guess.depth.gather(2, matches.cell)
-            extrinsics, lenses = decode_pose(guess.pose, (16 * h, 16 * w))
-            focal = lenses[..., 0, 0].mean(1) / (8 * max(grid))
+            extrinsics, lenses = decode_pose(guess.pose, seen.size)
+            focal = lenses[..., 0, 0].mean(1) / (8 * max(seen.size[0] // 16, seen.size[1] // 16))
             # In the world of the first camera, which the head only nearly is.
             extrinsics = compose(extrinsics, invert(extrinsics[:, :1]).expand_as(extrinsics))
             start = extrinsics[..., :3], extrinsics[..., 3]
-            found = solver.cameras(matches, coarse, start, focal, grid)
+            found = solver.cameras(matches, guess.depth, start, focal)
             weight = found.agreement.amax(2)
-            apart = (weight * (coarse / found.depth).log()).sum((1, 2))
+            guessed = solver.at_cells(guess.depth, matches)
+            apart = (weight * (guessed / found.depth).log()).sum((1, 2))
             scale = (apart / weight.sum((1, 2)).clamp(min=1e-6)).exp()[:, None, None]
             found = found._replace(translation=found.translation * scale, depth=found.depth * scale)
-            facts = _facts(matches, found, coarse, grid)
-            return Settled(_encoded(found, seen.size), matches.cell, found.depth, weight, facts)
+            facts = _facts(matches, found, guessed, guess.depth.shape[-1])[:, :, :N]
+            pose = _encoded(found, seen.size)
+            return Settled(pose, matches.cell, found.depth, weight, facts)
 
     def dense(
         self, seen: Seen, settled: Settled, frames_per_chunk: int = 8
@@ -279,14 +283,14 @@ def _cells(depth: Tensor, size: Size) -> Tensor:
     return F.avg_pool2d(depth[..., : size[0] // 16 * 16, : size[1] // 16 * 16], 8).flatten(2)
 
 
-def _facts(matches: Matches, found: Solution, guessed: Tensor, grid: Size) -> Tensor:
+def _facts(matches: Matches, found: Solution, guessed: Tensor, columns: int) -> Tensor:
     """[B, S, N, FACTS]: depth, trust, place in the patch, ray, world, camera."""
     R, t = found.rotation, found.translation
     rays = solver.rays(matches.own, found.focal)
     world = (rays * found.depth[..., None] - t[:, :, None]) @ R
     deeper = (found.depth / guessed).log().clamp(-3, 3)
     agreement = torch.stack([found.agreement.amax(2), found.agreement.mean(2)], -1)
-    row, column = matches.cell // (2 * grid[1]), matches.cell % (2 * grid[1])
+    row, column = matches.cell // columns, matches.cell % columns
     corner = torch.stack([row % 2, column % 2], -1).to(rays) - 0.5
     center = -(R.mT @ t[..., None])[..., 0].clamp(-10, 10)
     focal = found.focal.log()[:, None, None].expand(*R.shape[:2], 1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggt_cli.models.matching import Matches, Size
+from vggt_cli.models.matching import Matches
 
 Pose = tuple[Tensor, Tensor]  # rotation [..., 3, 3] and translation [..., 3]
 
@@ -46,20 +46,19 @@ class _Equations(NamedTuple):
     depth_right: Tensor  # [B, S, N]
 
 
-def cameras(matches: Matches, depth: Tensor, pose: Pose, focal: Tensor, grid: Size) -> Solution:
+def cameras(matches: Matches, depth: Tensor, pose: Pose, focal: Tensor) -> Solution:
     """The best of three solutions: from the guessed cameras, from guessed depth, from no guess.
 
-    depth: [B, S, N] at the cells; pose, focal: guesses [B, S, ...] and [B]; grid: (rows, columns)
-    of patches.
+    depth: [B, S, h, w] of all cells; pose, focal: guesses [B, S, ...] and [B].
     """
-    flat = depth.flatten(1).median(1).values[:, None, None].expand_as(depth)
+    flat = torch.ones_like(depth) * depth.flatten(1).median(1).values[:, None, None, None]
     usual = torch.full_like(focal, FOCAL)
     starts = [
         (depth, focal, pose),
-        (depth, focal, start(matches, depth, focal, grid)),
-        (flat, usual, start(matches, flat, usual, grid)),
+        (depth, focal, start(matches, depth, focal)),
+        (flat, usual, start(matches, flat, usual)),
     ]
-    found = [solve(matches, *one) for one in starts]
+    found = [solve(matches, at_cells(d, matches), f, p) for d, f, p in starts]
     # Where they explain the matches equally well, the one that is nearest to the guess.
     fit = torch.stack([one.agreement.sum((1, 2, 3)) for one in found])
     best = (fit * fit.new_tensor([[1.0], [0.99], [0.98]])).argmax(0)
@@ -67,25 +66,36 @@ def cameras(matches: Matches, depth: Tensor, pose: Pose, focal: Tensor, grid: Si
     return Solution(*(torch.stack(x)[best, every] for x in zip(*found, strict=True)))
 
 
+def at_cells(depth: Tensor, matches: Matches) -> Tensor:
+    """[B, S, N]: what a map [B, S, h, w] has at the cells that were matched."""
+    return depth.flatten(2).gather(2, matches.cell)
+
+
 def rays(place: Tensor, focal: Tensor) -> Tensor:
     """Directions [B, ..., 3] with z = 1 through places [B, ..., 2], focal [B]."""
     return F.pad(place / focal.view(-1, *[1] * (place.ndim - 1)), (0, 1), value=1.0)
 
 
-def start(matches: Matches, depth: Tensor, focal: Tensor, grid: Size) -> Pose:
-    """Poses along the tree of the best pairs: each moves matched points rigidly onto another's."""
+def start(matches: Matches, depth: Tensor, focal: Tensor) -> Pose:
+    """Poses along the tree of the best pairs: each moves matched points rigidly onto another's.
+
+    depth: [B, S, h, w] of all cells.
+    """
     B, S, K, _ = matches.certainty.shape
     every, target = torch.arange(B)[:, None, None], matches.target
     # Twice the place, for each axis in halves of its own side, is what grid_sample asks for.
+    grid = depth.shape[2:]
     scale = max(grid) / torch.tensor(grid[::-1]).to(depth)
     there = F.grid_sample(
-        depth.unflatten(-1, grid)[every, target].flatten(0, 2)[:, None],
+        depth[every, target].flatten(0, 2)[:, None],
         (matches.place * scale).flatten(0, 2)[:, None],
         mode="nearest",
         padding_mode="border",
         align_corners=False,
     )[:, 0, 0].unflatten(0, (B, S, K))
-    a = (rays(matches.own, focal) * depth[..., None])[:, :, None].expand(-1, -1, K, -1, -1)
+    a = (rays(matches.own, focal) * at_cells(depth, matches)[..., None])[:, :, None].expand(
+        -1, -1, K, -1, -1
+    )
     b = rays(matches.place, focal) * there[..., None]
     sure = _trust(matches.certainty)
     weight = sure
