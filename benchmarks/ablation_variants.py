@@ -132,7 +132,7 @@ class Small(Mini):
         if variant.convolutions:
             self.depth_head.dense_head = ConvolutionHead(self.config)
 
-    def settle(self, seen: Seen, guess: Guess) -> Settled:
+    def settle(self, seen: Seen, guess: Guess, per_patch: int | None = None) -> Settled:
         """What the heads say, and no facts."""
         B, S, _, h, w = guess.context.shape
         none = guess.depth.new_zeros(B, S, h * w // 4)

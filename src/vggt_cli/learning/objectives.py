@@ -194,7 +194,7 @@ def _mini(network: Mini, teacher: Teacher, batch: Batch) -> tuple[Terms, Terms]:
         seen = network.aggregate(batch.pixels)
         guess = network.guess(seen)
         if late:
-            depth, confidence = network.dense(seen, network.settle(seen, guess), B * S)
+            depth, confidence = network.dense(seen, network.settle(seen, guess, 1), B * S)
     with full_precision(batch.pixels):
         if early:
             terms, parts = _mini_guess(network, teacher, batch, (seen, guess))

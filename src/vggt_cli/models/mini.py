@@ -242,13 +242,16 @@ class Mini(nn.Module):
             context = torch.cat([F.normalize(x, dim=2) for x in both], 2)
         return Guess(depth[:, :, 0], pose, context)
 
-    def settle(self, seen: Seen, guess: Guess) -> Settled:
-        """What the solver finds from a guess."""
+    def settle(self, seen: Seen, guess: Guess, per_patch: int | None = None) -> Settled:
+        """What the solver finds from a guess, by so many cells of each patch.
+
+        None: by all where they are few; they cost the solver's time, and are worth it.
+        """
         N = guess.depth[0, 0].numel() // 4
+        if per_patch is None:
+            per_patch = max(1, min(4, ENOUGH // (N * guess.depth.shape[1])))
         with full_precision(guess.depth), torch.no_grad():
             target = matching.others(guess.context)
-            # All cells where they are few: they cost the solver's time, and are worth it.
-            per_patch = max(1, min(4, ENOUGH // (N * guess.depth.shape[1])))
             matches = matching.find(guess.context, target, 2 * SHARPNESS, per_patch)
             matches = matching.refine(matches, guess.context, self.match_head)
             extrinsics, lenses = decode_pose(guess.pose, seen.size)
