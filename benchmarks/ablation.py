@@ -159,7 +159,7 @@ def point_errors(network: Small, teacher: Teacher, setting: Setting) -> dict[str
         truth, _ = losses.normalize(Truth(*(x[None] for x in parts)))
         seen = network.aggregate(pixels[None])
         outputs = network.read(seen)
-        extrinsics, lenses = decode_pose(outputs.pose_passes[-1], seen.size)
+        extrinsics, lenses = decode_pose(outputs.pose_passes[-1], (setting.pixels, setting.pixels))
         extrinsics = compose(extrinsics, invert(extrinsics[:, :1]).expand_as(extrinsics))
         said = Truth(extrinsics, lenses, outputs.depth, truth.valid)
         patch = setting.config.patch_size
@@ -184,7 +184,7 @@ def ablate(
     file, runs = folder / "ablation.json", []
     if file.exists():
         runs = json.loads(file.read_text())["figures"]
-        if any(done["setting"] != numbers for done in runs):
+        if any(not _fits(done["setting"], numbers) for done in runs):
             raise SystemExit(f"runs of another setting: {file}\ntake another --root, or remove it")
     there = {(done["variant"], done["seed"]) for done in runs}
     wanted = [(v, s) for s in range(seeds) for v in variants if (v.name, s) not in there]
@@ -204,6 +204,13 @@ def ablate(
             words = f"{done['variant']}, seed {done['seed']}: {done['minutes']} min"
             print(f"{count} of {len(wanted)}: {words}", flush=True)
     return runs
+
+
+def _fits(made: Any, now: Any) -> bool:
+    """Whether numbers of old runs are those of now; a network may have got others since."""
+    if isinstance(made, dict):
+        return all(_fits(value, now.get(key)) for key, value in made.items())
+    return bool(made == now)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,11 +21,15 @@ from vggt_cli.models.layers import (
     resize,
     with_special_tokens,
 )
+from vggt_cli.models.matching import Matches
 from vggt_cli.models.mini import FACTS, Guess, Mini, MiniConfig, Seen, Settled
 from vggt_cli.models.omega import Aggregator, DenseHead
 
 SMALL = replace(
     MiniConfig(),
+    patch_size=16,
+    fine=1,
+    late_depth=0,
     embed_dim=96,
     heads=3,
     depth=3,
@@ -132,12 +136,12 @@ class Small(Mini):
         if variant.convolutions:
             self.depth_head.dense_head = ConvolutionHead(self.config)
 
-    def settle(self, seen: Seen, guess: Guess, per_patch: int | None = None) -> Settled:
+    def settle(self, seen: Seen, guess: Guess, matches: Matches) -> Settled:
         """What the heads say, and no facts."""
-        B, S, _, h, w = guess.context.shape
-        none = guess.depth.new_zeros(B, S, h * w // 4)
-        facts = none[..., None].expand(-1, -1, -1, FACTS)
-        return Settled(guess.pose, none.long(), none + 1, none, facts)
+        none = torch.zeros_like(matches.own[..., 0])
+        return Settled(
+            guess.pose, matches, none + 1, none, none[..., None].expand(*none.shape, FACTS)
+        )
 
 
 def build(variant: Variant, config: MiniConfig, seed: int) -> tuple[Small, Teacher]:

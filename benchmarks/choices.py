@@ -79,9 +79,10 @@ class Early(Mini):
 
     def read(self, seen: Seen, frames_per_chunk: int = 8) -> Outputs:
         guess = self.guess(seen)
-        pose = torch.stack([guess.pose, self.settle(seen, guess).pose])
-        depth = F.interpolate(guess.depth, seen.size, mode="bilinear")
-        return Outputs(pose, depth, torch.ones_like(depth))
+        settled = self.settle(seen, guess, self.find(seen, guess)[0])
+        size = (seen.pixels.shape[-2], seen.pixels.shape[-1])
+        depth = F.interpolate(guess.depth, size, mode="bilinear")
+        return Outputs(settled.pose[None], depth, torch.ones_like(depth))
 
 
 def run(choice: Choice, minutes: float) -> dict[str, Any]:

@@ -40,9 +40,12 @@ def test_training_goes_on_from_weights_and_writes_some_that_load(trained: Path) 
 
 
 @pytest.mark.parametrize(
-    ("part", "prefix"), [("encoder", "aggregator.patch_embed."), ("depth-head", "depth_head.")]
+    ("part", "prefix"),
+    [("encoder", "aggregator.patch_embed."), ("depth-head", ("depth_head.", "match_head."))],
 )
-def test_all_but_one_part_can_stay(tmp_path: Path, part: str, prefix: str) -> None:
+def test_all_but_one_part_can_stay(
+    tmp_path: Path, part: str, prefix: str | tuple[str, ...]
+) -> None:
     arguments = ["train", "--out", str(tmp_path), "--init", "mini", "--steps", "2", *SMALL, "-q"]
     done = CliRunner().invoke(app, [*arguments, "--freeze", f"all-but-{part}", "--rate", "1e-1"])
     assert done.exit_code == 0, done.output

@@ -36,7 +36,7 @@ def test_it_is_small_enough_to_come_with_the_tool() -> None:
     assert 5e6 < count < 1e7  # below 20 MB in half precision
 
 
-@pytest.mark.parametrize("size", [(64, 64), (48, 112), (112, 32)])  # squares to 7:2
+@pytest.mark.parametrize("size", [(128, 128), (96, 224), (224, 64)])  # squares to 7:2
 @torch.inference_mode()
 def test_every_frame_gets_a_camera_and_a_depth_for_each_pixel(
     network: Mini, size: tuple[int, int]
@@ -52,7 +52,7 @@ def test_every_frame_gets_a_camera_and_a_depth_for_each_pixel(
 
 @torch.inference_mode()
 def test_the_order_of_the_frames_after_the_first_does_not_matter(network: Mini) -> None:
-    images, order = photos(1, 4, 3, 48, 64), torch.tensor([0, 3, 1, 2])
+    images, order = photos(1, 4, 3, 96, 128), torch.tensor([0, 3, 1, 2])
     straight, shuffled = network(images), network(images[:, order])
     assert_close(shuffled.pose_passes, straight.pose_passes[:, :, order], atol=1e-4, rtol=1e-4)
     assert_close(shuffled.depth, straight.depth[:, order], atol=1e-4, rtol=1e-4)
@@ -60,7 +60,7 @@ def test_the_order_of_the_frames_after_the_first_does_not_matter(network: Mini) 
 
 @torch.inference_mode()
 def test_sequences_of_a_batch_and_chunks_of_frames_do_not_touch_each_other(network: Mini) -> None:
-    images = photos(2, 3, 3, 48, 64)
+    images = photos(2, 3, 3, 96, 128)
     together = network(images)
     alone = network(images[1:], frames_per_chunk=1)
     assert_close(alone.pose_passes[:, 0], together.pose_passes[:, 1], atol=1e-4, rtol=1e-4)
@@ -69,8 +69,8 @@ def test_sequences_of_a_batch_and_chunks_of_frames_do_not_touch_each_other(netwo
 
 @torch.inference_mode()
 def test_a_fresh_network_sees_no_motion_and_sixty_degrees(network: Mini) -> None:
-    encoding = network(photos(1, 2, 3, 64, 64)).pose_passes[-1, 0].double()
-    extrinsics, _ = decode_pose(encoding, (64, 64))
+    encoding = network(photos(1, 2, 3, 128, 128)).pose_passes[-1, 0].double()
+    extrinsics, _ = decode_pose(encoding, (128, 128))
     cosine = (torch.diagonal(extrinsics[:, :, :3], dim1=-2, dim2=-1).sum(-1) - 1) / 2
     assert torch.rad2deg(torch.acos(cosine.clamp(-1, 1))).max() < 45
     assert torch.rad2deg(encoding[:, 7:]).sub(math.degrees(1)).abs().max() < 30
@@ -80,12 +80,12 @@ def test_every_part_learns() -> None:
     fresh, random = Mini(SMALL), torch.Generator().manual_seed(0)
     with torch.no_grad():  # what the solver found counts for nothing at first
         fresh.depth_head.found.weight.normal_(std=0.1, generator=random)
-    seen = fresh.aggregate(photos(1, 2, 3, 48, 64))
+    seen = fresh.aggregate(photos(1, 2, 3, 96, 128))
     guess = fresh.guess(seen)
-    depth, confidence = fresh.dense(seen, fresh.settle(seen, guess))
-    context = guess.context.flatten(3).mT
-    offset, logit = fresh.match_head(context, context.flip(1), context[..., 0].exp())
-    said = (guess.pose, guess.depth, depth, confidence, context[..., 64:], offset, logit)
+    matches, features = fresh.find(seen, guess)
+    dense = fresh.dense(seen, fresh.settle(seen, guess, matches))
+    verdict = matching.judge(matches, features, fresh.match_head)
+    said = (guess.pose, guess.depth, guess.context[:, :, 64:], *dense, *verdict)
     torch.stack([x.sum() for x in said]).sum().backward()
     assert not {name for name, p in fresh.named_parameters() if p.grad is None}
 
@@ -93,15 +93,14 @@ def test_every_part_learns() -> None:
 @torch.inference_mode()
 def test_published_features_find_how_far_a_photo_was_shifted() -> None:
     network = Mini(SMALL).eval()
-    wide = F.interpolate(photos(1, 3, 8, 20), (128, 320), mode="bicubic").clamp(0, 1)
-    pair = torch.stack([wide[..., 64:256], wide[..., 96:288]], 1)  # it looks to the right
+    wide = F.interpolate(photos(1, 3, 8, 20), (256, 640), mode="bicubic").clamp(0, 1)
+    pair = torch.stack([wide[..., 128:512], wide[..., 192:576]], 1)  # it looks to the right
     encoder = load_file(WEIGHTS / "encoder.safetensors")
     network.aggregator.patch_embed.load_state_dict(
         {k: v.float() for k, v in encoder.items()}, strict=False
     )
     seen = network.aggregate(pair)
-    target = matching.others(seen.local)
-    matches = matching.find(seen.local, target, SHARPNESS)
+    matches = matching.find(seen.local, matching.others(seen.local, 2), SHARPNESS, 2)
     shift = (matches.place - matches.own[:, :, None])[0, 1, 0, :, 0]
     assert shift.median() == pytest.approx(32 / 96, abs=0.03)
 

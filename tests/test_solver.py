@@ -55,7 +55,7 @@ def _turn(v: Tensor) -> Tensor:
 
 def pairwise(features: Tensor) -> Matches:
     """Matches of every frame with all others."""
-    return matching.find(features, matching.others(features), 20.0)
+    return matching.find(features, matching.others(features, 2), 20.0, 2)
 
 
 def chart(depth: Tensor) -> Tensor:

@@ -253,11 +253,12 @@ def test_what_is_frozen_has_no_gradient_no_optimizer_state_and_evaluates(
 ) -> None:
     network = networks.build(numbers)
     train.freeze(network, (part,))
-    frozen = {id(p) for p in train.part_of(network, part).parameters()}
+    modules = train.parts_of(network, part)
+    frozen = {id(p) for module in modules for p in module.parameters()}
     assert frozen
     assert all(p.requires_grad == (id(p) not in frozen) for p in network.parameters())
     assert network.training
-    assert not train.part_of(network, part).training
+    assert not any(module.training for module in modules)
     listed = train.groups(network, nn.Linear(1, 1), TrainConfig(Path()))
     assert not frozen & {id(p) for group in listed for p in group["params"]}
 

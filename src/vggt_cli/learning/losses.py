@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from vggt_cli.geometry import compose, decode_pose, encode_pose, invert, project, unproject
-from vggt_cli.models.matching import REACH, MatchHead, mutual
+from vggt_cli.models.matching import REACH, Matches, Verdict
 
 # (rows, columns) of the four corners of all cells of 2 x 2 pixels, going round: the neighbours of
 # corner k are k - 1 and k - 3.
@@ -281,7 +281,7 @@ def matching_loss(
     Returns [2]: loss, share found first. Zero where nothing matches.
     """
     source, target = _ordered(features.shape[1], every_pair)
-    match = _matches(truth, source, target, patch)[0]  # [B, P, N]
+    match = _matches(truth, source, target, patch)  # [B, P, N]
     unit = F.normalize(features, dim=-1)
     logits = unit[:, source] @ unit[:, target].mT / temperature  # [B, P, N, N]
     there = match >= 0
@@ -292,28 +292,36 @@ def matching_loss(
     return torch.stack([loss, found.detach()])
 
 
-def match_head_loss(
-    features: Tensor, truth: Truth, patch: int, sharpness: float, head: MatchHead
-) -> Tensor:
-    """What `head` says of each patch's most alike patch in every other frame.
+def match_loss(matches: Matches, said: Verdict, truth: Truth, cell: int) -> Tensor:
+    """How well a verdict fits, on matches between cells of so many pixels.
 
-    features: [B, S, N, C]. Returns [2]: Huber error of the place, in patches, where the match is
-    within reach, and the cross-entropy of whether it is.
+    Returns [2]: of right matches the negative logarithm of the chance (Laplace's) of their error,
+    and the cross-entropy of whether a match is right: its point visible, and within reach.
     """
-    source, target = _ordered(features.shape[1], True)
-    match, xy = _matches(truth, source, target, patch)
-    unit = F.normalize(features, dim=-1)
+    points, valid = patch_points(truth, cell)
+    columns = points.shape[3]
+    points, valid = points.flatten(2, 3), valid.flatten(2)
+    points = points.gather(2, matches.cell[..., None].expand(*matches.cell.shape, 3))
+    every = torch.arange(len(points), device=points.device)[:, None, None]
+    k, extrinsics = truth.intrinsics[every, matches.target], truth.extrinsics[every, matches.target]
+    xy, z = project(points[:, :, None, None], k, extrinsics)
+    xy, z = xy[..., 0, :, :], z[..., 0, :]  # [B, S, K, N, 2] and [B, S, K, N]
     with torch.no_grad():
-        sure, best = mutual(unit[:, source], unit[:, target], sharpness)[1].max(-1)
-    columns = truth.depth.shape[-1] // patch
-    apart = xy - torch.stack([best % columns, best // columns], -1) - 0.5
-    right = (match >= 0) & (apart.abs().amax(-1) < REACH)
-    other = unit[:, target].gather(2, best[..., None].expand(*best.shape, unit.shape[-1]))
-    offset, logit = head(unit[:, source], other, sure)
-    whether = F.binary_cross_entropy_with_logits(logit, right.to(logit))
-    if not right.any():
-        return torch.stack([features.new_zeros(()), whether])
-    return torch.stack([F.smooth_l1_loss(offset[right], apart[right], beta=0.1), whether])
+        maps = torch.where(truth.valid, truth.depth, 0)[every, matches.target]  # [B, S, K, H, W]
+        H, W = maps.shape[-2:]
+        inside = (z > 0) & (xy >= 0).all(-1) & (xy[..., 0] < W) & (xy[..., 1] < H)
+        column, row = torch.where(inside[..., None], xy, 0).long().unbind(-1)
+        there = maps.flatten(3).gather(3, row * W + column)
+        agrees = inside & ((there / z.clamp(min=1e-6) - 1).abs() < 0.05)
+        middle = torch.stack([matches.best % columns, matches.best // columns], -1) + 0.5
+        apart = xy / cell - middle
+        right = agrees & valid.gather(2, matches.cell)[:, :, None]
+        right &= apart.abs().amax(-1) < REACH
+    whether = F.binary_cross_entropy_with_logits(said.logit, right.to(said.logit))
+    error = (said.offset - apart)[right].norm(dim=-1)
+    log_error = said.log_error[right]
+    place = (error * (-log_error).exp() + 2 * log_error).sum() / max(1, len(error))
+    return torch.stack([place, whether])
 
 
 def _ordered(S: int, every: bool) -> tuple[Tensor, Tensor]:
@@ -324,11 +332,10 @@ def _ordered(S: int, every: bool) -> tuple[Tensor, Tensor]:
     return torch.cat([a, b]), torch.cat([b, a])
 
 
-def _matches(truth: Truth, source: Tensor, target: Tensor, patch: int) -> tuple[Tensor, Tensor]:
-    """The match of each patch of frames `source` [P] in frames `target` [P].
+def _matches(truth: Truth, source: Tensor, target: Tensor, patch: int) -> Tensor:
+    """[B, P, N] the patch of frames `target` [P] that shows the point of each of `source`'s [P].
 
-    Returns [B, P, N] the patch that shows the point at its middle, -1: none; and where the point
-    projects, [B, P, N, 2] in patches.
+    -1: none.
     """
     points, valid = (x[:, source] for x in patch_points(truth, patch))
     k, extrinsics = truth.intrinsics[:, target], truth.extrinsics[:, target]
@@ -343,4 +350,4 @@ def _matches(truth: Truth, source: Tensor, target: Tensor, patch: int) -> tuple[
     agrees = (depth / z.flatten(2).clamp(min=1e-6) - 1).abs() < 0.05
     index = ((row // patch) * w + column // patch).flatten(2)
     shows = valid.flatten(2) & inside.flatten(2) & seen & agrees
-    return torch.where(shows, index, -1), (xy / patch).flatten(2, 3)
+    return torch.where(shows, index, -1)

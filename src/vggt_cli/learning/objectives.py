@@ -14,6 +14,7 @@ from vggt_cli.learning import losses, losses_vggt
 from vggt_cli.learning.labels import Labels
 from vggt_cli.learning.losses import Truth
 from vggt_cli.models.layers import Outputs, full_precision, normalized
+from vggt_cli.models.matching import judge
 from vggt_cli.models.mini import SHARPNESS, Guess, Mini, MiniConfig, Seen
 from vggt_cli.models.networks import Config, Network
 from vggt_cli.models.omega import VGGTOmega
@@ -194,14 +195,20 @@ def _mini(network: Mini, teacher: Teacher, batch: Batch) -> tuple[Terms, Terms]:
         seen = network.aggregate(batch.pixels)
         guess = network.guess(seen)
         if late:
-            depth, confidence = network.dense(seen, network.settle(seen, guess, 1), B * S)
+            # One cell of a patch is enough to learn from, and four times as fast.
+            matches, features = network.find(seen, guess, 1)
+            settled = network.settle(seen, guess, network.refined(matches, features))
+            depth, confidence = network.dense(seen, settled, B * S)
     with full_precision(batch.pixels):
         if early:
             terms, parts = _mini_guess(network, teacher, batch, (seen, guess))
         if late:
+            said = judge(matches, features, network.match_head)
+            place, whether = losses.match_loss(matches, said, batch.truth, 8)
             dense = losses.depth_parts(depth, confidence, batch.truth)
             terms["depth"] = _sum(dense) + terms.get("depth", 0.0)
-            parts = {**parts, **dense}
+            terms["matching"] = place + whether + terms.get("matching", 0.0)
+            parts = {**parts, **dense, "place": place, "whether": whether}
     return terms, parts
 
 
@@ -210,25 +217,26 @@ def _mini_guess(
 ) -> tuple[Terms, Terms]:
     """Camera, depth of cells, points and matches in the light of all frames, and their parts."""
     seen, guess = said
-    truth, patch = batch.truth, network.config.patch_size
+    config, truth = network.config, batch.truth
+    cell = 8 * config.fine
     camera = losses.camera_parts(guess.pose, truth)
-    _, known = losses.patch_points(truth, 8)
-    middle = truth.depth[..., 4::8, 4::8][..., : known.shape[-2], : known.shape[-1]]
-    cells = (guess.depth / middle.clamp(min=1e-6)).log()[known].abs().clamp(max=3)
-    true, valid = losses.patch_points(truth, patch)
-    points = teacher.points(seen.layers[-1][:, :, 1 + network.config.registers :].float())
+    _, known = losses.patch_points(truth, cell)
+    middle = truth.depth[..., cell // 2 :: cell, cell // 2 :: cell]
+    middle = middle[..., : known.shape[-2], : known.shape[-1]].clamp(min=1e-6)
+    cells = (guess.depth / middle).log()[known].abs().clamp(max=3)
+    true, valid = losses.patch_points(truth, config.patch_size)
+    points = teacher.points(seen.layers[-1][:, :, 1 + config.registers :].float())
     point = (points.unflatten(2, true.shape[2:4]) - true).abs().clamp(max=10)[valid]
     context = guess.context.flatten(3).mT
-    matching, found = losses.matching_loss(context, truth, 8, 0.5 / SHARPNESS, True)
-    place, whether = losses.match_head_loss(context, truth, 8, 2 * SHARPNESS, network.match_head)
+    matching, found = losses.matching_loss(context, truth, cell, 0.5 / SHARPNESS, True)
     terms = {
         "camera": losses.camera_sum(camera),
         "depth": _mean(cells),
         "point": _mean(point),
-        "matching": matching + place + whether,
+        "matching": matching,
     }
     own = {"cells": terms["depth"], "point": terms["point"], "matching": matching}
-    return terms, {**camera, **own, "place": place, "whether": whether, "found": found}
+    return terms, {**camera, **own, "found": found}
 
 
 def _learns(part: nn.Module) -> bool:

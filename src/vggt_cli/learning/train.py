@@ -38,15 +38,14 @@ from vggt_cli.models import weights as known_weights
 from vggt_cli.models.layers import Block
 from vggt_cli.models.mini import Mini, MiniConfig
 from vggt_cli.models.networks import Network
-from vggt_cli.models.omega import VGGTOmega
 from vggt_cli.reconstruction.pipeline import Progress, silent
 
 log = logging.getLogger(__name__)
 
-PARTS = {  # that can be frozen, or learn alone
-    "encoder": "aggregator.patch_embed",
-    "aggregator": "aggregator",
-    "depth-head": "depth_head",
+PARTS = {  # that can be frozen, or learn alone: modules, where the network has them
+    "encoder": ("aggregator.patch_embed",),
+    "aggregator": ("aggregator",),
+    "depth-head": ("depth_head", "dense_head", "match_head"),
 }
 REST = "all-but-"
 HEADS = ("point", "track", "text")  # all are loaded, so that the file at the end has them
@@ -229,14 +228,14 @@ def freeze(network: Network, names: tuple[str, ...] | None = None) -> None:
         alone = name.startswith(REST)
         if alone:
             network.eval().requires_grad_(False)
-        part_of(network, name.removeprefix(REST)).train(alone).requires_grad_(alone)
+        for part in parts_of(network, name.removeprefix(REST)):
+            part.train(alone).requires_grad_(alone)
 
 
-def part_of(network: Network, name: str) -> nn.Module:
-    """The part of a name of PARTS; VGGT-Omega's checkpoints call the depth head otherwise."""
-    if name == "depth-head" and isinstance(network, VGGTOmega):
-        return network.dense_head
-    return network.get_submodule(PARTS[name])
+def parts_of(network: Network, name: str) -> list[nn.Module]:
+    """The modules of a name of PARTS."""
+    modules = dict(network.named_modules())
+    return [modules[part] for part in PARTS[name] if part in modules]
 
 
 def groups(network: Network, teacher: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

@@ -115,7 +115,7 @@ CATALOG = (
         ("mini.safetensors",),
         0,
         OURS,
-        Shaping("balanced", 224, 16),
+        Shaping("balanced", 288, 32),
     ),
 )
 

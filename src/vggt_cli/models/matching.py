@@ -16,6 +16,7 @@ from torch.nn import functional as F
 Size = tuple[int, int]  # (rows, columns)
 
 CHUNK = 32  # frames matched at a time, for memory
+EXACT = 0.1  # cells: what is better counts no more
 REACH = 1.5  # cells from the middle of the most alike one within which a match can be found
 
 
@@ -31,7 +32,7 @@ class Matches(NamedTuple):
 
 
 class MatchHead(nn.Module):
-    """What two cells that are each other's most alike say: where exactly, and whether at all."""
+    """What a cell and its most alike one say: where exactly the match is, and whether at all."""
 
     def __init__(self, width: int, hidden: int = 256) -> None:
         super().__init__()
@@ -40,19 +41,23 @@ class MatchHead(nn.Module):
             nn.ReLU(),
             nn.Linear(hidden, hidden),
             nn.ReLU(),
-            nn.Linear(hidden, 3),
+            nn.Linear(hidden, 4),
         )
 
-    def forward(self, own: Tensor, other: Tensor, certainty: Tensor) -> tuple[Tensor, Tensor]:
-        """Offsets [..., 2] in cells from the middle of the other cell, and logits [...].
-
-        own, other: unit features [..., C]; certainty [...] as in Matches. The logit is that of
-        the point being visible within REACH.
-        """
+    def forward(self, own: Tensor, other: Tensor, certainty: Tensor) -> Verdict:
+        """The verdict on features [..., C] of unit length, and a certainty [...] as in Matches."""
         alike = (own * other).sum(-1, keepdim=True)
         rarity = certainty.clamp(min=1e-6).log()[..., None] / 4
         out = self.layers(torch.cat([own * 8, other * 8, alike * 8 - 4, rarity], -1))
-        return out[..., :2], out[..., 2]
+        return Verdict(out[..., :2], out[..., 2], out[..., 3])
+
+
+class Verdict(NamedTuple):
+    """Of a match."""
+
+    offset: Tensor  # [..., 2] in cells from the middle of the most alike one
+    log_error: Tensor  # [...] of how far off the offset may be, in cells
+    logit: Tensor  # [...] of the point being visible there, within REACH
 
 
 def mutual(own: Tensor, other: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
@@ -61,12 +66,14 @@ def mutual(own: Tensor, other: Tensor, sharpness: float) -> tuple[Tensor, Tensor
     return alike, alike.square() / alike.sum(-1, keepdim=True) / alike.sum(-2, keepdim=True)
 
 
-def find(features: Tensor, target: Tensor, sharpness: float, per_patch: int = 1) -> Matches:
-    """Matches of features [B, S, C, h, w], h and w even, with frames `target` [B, S, K].
+def find(
+    features: Tensor, target: Tensor, sharpness: float, side: int, per_patch: int = 1
+) -> Matches:
+    """Matches of features [B, S, C, h, w] with frames `target` [B, S, K].
 
-    sharpness: of likeness, with which the features were trained; per_patch: how many of the four
-    cells of a patch are matched, the surest. A match is the mean place of the cells around the most
-    alike one, weighted by likeness.
+    sharpness: of likeness, with which the features were trained. side: cells of a patch's side;
+    per_patch: how many of its cells are matched, the surest. A match is the mean place of the cells
+    around the most alike one, weighted by likeness.
     """
     B, S, _, h, w = features.shape
     unit = F.normalize(features.float().flatten(3), dim=2).mT  # [B, S, cells, C]
@@ -86,59 +93,60 @@ def find(features: Tensor, target: Tensor, sharpness: float, per_patch: int = 1)
         torch.cat([torch.stack(x[i : i + K], 2) for i in range(0, len(x), K)], 1)
         for x in zip(*found, strict=True)
     )
-    return _surest(places, target, (place, certainty, best), (h, w), per_patch)
+    patches = F.pixel_unshuffle(torch.arange(h * w).view(1, h, w), side).flatten(1).T.to(best)
+    surest = certainty.sum(2)[..., patches].topk(per_patch, -1).indices
+    cell = patches.expand(B, S, -1, -1).gather(-1, surest).mT.flatten(2)
+    chosen = cell[:, :, None].expand(-1, -1, K, -1)
+    place = place.gather(3, chosen[..., None].expand(-1, -1, -1, -1, 2))
+    certainty, best = certainty.gather(3, chosen), best.gather(3, chosen)
+    return Matches(cell, places[cell], target, place, certainty, best)
 
 
-def refine(matches: Matches, features: Tensor, head: MatchHead) -> Matches:
-    """The same matches as `head` sees them, by the features [B, S, C, h, w] that found them."""
-    h, w = features.shape[-2:]
+def judge(matches: Matches, features: Tensor, head: MatchHead) -> Verdict:
+    """What `head` says, [B, S, K, N], by the features [B, S, C, h, w] that found the matches."""
     unit = F.normalize(features.float().flatten(3), dim=2).mT
     own = unit.gather(2, matches.cell[..., None].expand(-1, -1, -1, unit.shape[-1]))
     every = torch.arange(len(unit), device=unit.device)[:, None, None]
-    places = _places(h, w).to(unit)
-    place, certainty = torch.empty_like(matches.place), torch.empty_like(matches.certainty)
-    for k in range(matches.target.shape[2]):
-        other = unit[every, matches.target[:, :, k, None], matches.best[:, :, k]]
-        offset, logit = head(own, other, matches.certainty[:, :, k])
-        offset = offset.clamp(-REACH, REACH) / (max(h, w) / 2)
-        place[:, :, k] = places[matches.best[:, :, k]] + offset
-        certainty[:, :, k] = logit.sigmoid()
-    return matches._replace(place=place, certainty=certainty)
+    said = [
+        head(own, unit[every, target[..., None], best], certainty)
+        for target, best, certainty in zip(
+            matches.target.unbind(2),
+            matches.best.unbind(2),
+            matches.certainty.unbind(2),
+            strict=True,
+        )
+    ]
+    return Verdict(*(torch.stack(x, 2) for x in zip(*said, strict=True)))
 
 
-def others(features: Tensor, count: int = 8) -> Tensor:
+def refine(matches: Matches, features: Tensor, head: MatchHead) -> Matches:
+    """The same matches as `head` sees them; the less exact they are, the less they count."""
+    h, w = features.shape[-2:]
+    said = judge(matches, features, head)
+    offset = said.offset.clamp(-REACH, REACH) / (max(h, w) / 2)
+    exact = (EXACT / said.log_error.exp()).clamp(max=1)
+    place = _places(h, w).to(offset)[matches.best] + offset
+    return matches._replace(place=place, certainty=said.logit.sigmoid() * exact)
+
+
+def others(features: Tensor, side: int, count: int = 8) -> Tensor:
     """[B, S, K] the frames to match each with: all others, or the two beside and the most alike.
 
-    features: [B, S, C, h, w]. A single frame is matched with itself.
+    features: [B, S, C, h, w]; side: cells of a patch's side, which are compared as one. A single
+    frame is matched with itself.
     """
     B, S = features.shape[:2]
     order = torch.arange(S, device=features.device)
     if count + 1 >= S:
         return (order[:, None] + order[min(1, S - 1) :]).remainder(S).expand(B, -1, -1)
     unit = F.normalize(features.float().flatten(0, 1), dim=1)
-    coarse = F.normalize(F.avg_pool2d(unit, 2).flatten(2).unflatten(0, (B, S)), dim=2)
+    coarse = F.normalize(F.avg_pool2d(unit, side).flatten(2).unflatten(0, (B, S)), dim=2)
     alike = [(coarse[:, s : s + 1].mT @ coarse).amax(-1).mean(-1) for s in range(S)]
     close = torch.stack(alike, 1)
     close = close + close.mT
     apart = (order[:, None] - order).abs()
     close = close + 9.0 * (apart == 1) - 9.0 * (apart == 0)
     return close.topk(count, dim=-1).indices
-
-
-def _surest(
-    places: Tensor, target: Tensor, found: tuple[Tensor, Tensor, Tensor], grid: Size, count: int
-) -> Matches:
-    """Of each patch of 2 x 2 cells the surest; found: place, certainty and best of all cells."""
-    h, w = grid
-    (place, certainty, best), (B, S, K) = found, target.shape
-    patches = F.pixel_unshuffle(torch.arange(h * w).view(1, h, w), 2).flatten(1).T  # [h w / 4, 4]
-    patches = patches.to(place.device)
-    surest = certainty.sum(2)[..., patches].topk(count, -1).indices
-    cell = patches.expand(B, S, -1, -1).gather(-1, surest).mT.flatten(2)
-    every = cell[:, :, None].expand(-1, -1, K, -1)
-    place = place.gather(3, every[..., None].expand(-1, -1, -1, -1, 2))
-    certainty, best = certainty.gather(3, every), best.gather(3, every)
-    return Matches(cell, places[cell], target, place, certainty, best)
 
 
 def _places(h: int, w: int) -> Tensor:

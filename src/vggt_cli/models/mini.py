@@ -14,7 +14,7 @@ B batch, S frames, H x W pixels, N patches of a frame, T = 1 + R + N tokens, D t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ from vggt_cli.models.omega import Aggregator, CameraHead, DenseHead, TrunkConfig
 from vggt_cli.models.solver import Solution
 
 SHARPNESS = 20.0  # of the likeness of features that match: they are trained with it
-ENOUGH = 4000  # matched cells of a sequence
+ENOUGH = 4000  # matched cells of a sequence: more cost the solver's time
 FACTS = 25  # numbers of what the solver found at a patch
 
 
@@ -48,6 +48,8 @@ FACTS = 25  # numbers of what the solver found at a patch
 class MiniConfig(TrunkConfig):
     """Every number that a checkpoint of mini fixes."""
 
+    patch_size: int = 32  # 16 in the tokens' image
+    fine: int = 2  # how much finer than the tokens' image the one is that is matched
     embed_dim: int = 192
     heads: int = 6
     depth: int = 5
@@ -100,11 +102,12 @@ class ConvEncoder(nn.Module):
 
 
 class Seen(NamedTuple):
-    """What the heads read."""
+    """What the heads read. The tokens' image is that of the input, made smaller."""
 
     layers: list[Tensor]  # four times [B, S, T, 2D]
     local: Tensor  # [B, S, 64, 2 h, 2 w] features of the encoder
-    size: Size  # of the images
+    pixels: Tensor  # [B, S, 3, H, W] normalised
+    grid: Size  # (h, w) of patches
 
 
 class Guess(NamedTuple):
@@ -119,10 +122,10 @@ class Settled(NamedTuple):
     """What the solver found, in the scale of the guess; without gradient."""
 
     pose: Tensor  # [B, S, 9] pose encodings
-    cell: Tensor  # [B, S, N] int64 which cell of its frame, one of each patch
-    depth: Tensor  # [B, S, N] of the cells
+    matches: Matches
+    depth: Tensor  # [B, S, N] of the matched cells
     weight: Tensor  # [B, S, N] how well their matches agree, in [0, 1]
-    facts: Tensor  # [B, S, N, FACTS] for the tokens
+    facts: Tensor  # [B, S, h w, FACTS] for the tokens
 
 
 class DepthHead(nn.Module):
@@ -133,7 +136,7 @@ class DepthHead(nn.Module):
         self.special = 1 + config.registers
         self.found = nn.Linear(FACTS, config.embed_dim)
         self.blocks = nn.ModuleList(block(config, qk_norm=True) for _ in range(config.late_depth))
-        self.dense_head = DenseHead(config)
+        self.dense_head = DenseHead(replace(config, patch_size=16))  # of the tokens' image
 
     def forward(
         self, rotate: Rotation, size: Size, inputs: Sequence[Tensor]
@@ -155,7 +158,7 @@ class Mini(nn.Module):
 
     def __init__(self, config: MiniConfig) -> None:
         super().__init__()
-        assert config.patch_size == 16, config.patch_size
+        assert config.patch_size == 16 * config.fine, config
         self.config = config
         D = config.embed_dim
         self.aggregator = Aggregator(config, ConvEncoder())
@@ -187,14 +190,15 @@ class Mini(nn.Module):
     def aggregate(self, images: Tensor) -> Seen:
         """The matches and the tokens of images [B, S, 3, H, W] in [0, 1]."""
         B, S, _, H, W = images.shape
-        h, w = grid = (H // 16, W // 16)
+        h, w = grid = (H // self.config.patch_size, W // self.config.patch_size)
+        pixels = normalized(images)[..., : h * self.config.patch_size, : w * self.config.patch_size]
         with compute(self._matrix):
-            pixels = normalized(images)[..., : 16 * h, : 16 * w].flatten(0, 1)
-            local = self.aggregator.patch_embed(pixels)
+            small = F.avg_pool2d(pixels.flatten(0, 1), self.config.fine)
+            local = self.aggregator.patch_embed(small)
             with full_precision(images), torch.no_grad():
                 first = torch.zeros(B, S, 1, dtype=torch.int64, device=images.device)
-                matches = matching.find(local.unflatten(0, (B, S)), first, SHARPNESS)
-            look = torch.cat([F.pixel_unshuffle(local, 2), F.avg_pool2d(pixels, 16)], 1)
+                matches = matching.find(local.unflatten(0, (B, S)), first, SHARPNESS, 2)
+            look = torch.cat([F.pixel_unshuffle(local, 2), F.avg_pool2d(small, 16)], 1)
             tokens = self.look_norm(self.look(look.flatten(2).mT))  # [B S, N, D]
             placed = add_positions(torch.zeros_like(tokens).mT.unflatten(-1, grid), w / h)
             tokens = tokens + placed.flatten(2).mT * 10  # at full strength
@@ -203,7 +207,7 @@ class Mini(nn.Module):
             tokens = tokens.unflatten(0, (B, S)) + self.match(facts)
             cached = self.aggregator.attend(tokens, grid)
         layers = [cached[i] for i in self.config.cached_layers]
-        return Seen(layers, local.unflatten(0, (B, S)), (H, W))
+        return Seen(layers, local.unflatten(0, (B, S)), pixels, grid)
 
     @property
     def _matrix(self) -> Tensor:
@@ -213,88 +217,117 @@ class Mini(nn.Module):
     def read(self, seen: Seen, frames_per_chunk: int = 8) -> Outputs:
         """What the heads and the solver make of it; two passes of poses, before and after."""
         guess = self.guess(seen)
-        settled = self.settle(seen, guess)
+        settled = self.settle(seen, guess, self.refined(*self.find(seen, guess)))
         depth, confidence = self.dense(seen, settled, frames_per_chunk)
-        pose = settled.pose
         with full_precision(depth):
             # Where matches agree, cameras and depth maps shall.
-            there = _cells(depth, seen.size).gather(2, settled.cell)
-            apart = ((there / settled.depth).log() * settled.weight).sum((1, 2))
-            scale = (apart / settled.weight.sum((1, 2)).clamp(min=1e-6)).exp()
-            pose = torch.cat([pose[..., :3] * scale[:, None, None], pose[..., 3:]], -1)
+            there = solver.at_cells(F.avg_pool2d(depth, 8), settled.matches)
+            scale = _factor(settled.depth, there, settled.weight)[:, None, None]
+            moved = settled.pose[..., :3] * scale
+            pose = torch.cat([moved, settled.pose[..., 3:]], -1)
         tokens = seen.layers[-1][:, :, : 1 + self.config.registers]
         return Outputs(torch.stack([guess.pose, pose]), depth, confidence, tokens=tokens)
 
     def guess(self, seen: Seen) -> Guess:
         """What the tokens say."""
         special = 1 + self.config.registers
-        h, w = seen.size[0] // 16, seen.size[1] // 16
         last = seen.layers[-1]
         with full_precision(last):
             pose = self.camera_head(last[:, :, :special].float())
             patches = last[:, :, special:].float()
-            depth = self.cell_depth(patches).exp()
-            both = [seen.local.float(), self.context(patches)]
-            depth, both[1] = (
-                F.pixel_shuffle(x.mT.unflatten(-1, (h, w)), 2) for x in (depth, both[1])
+            depth, context = (
+                F.pixel_shuffle(layer(patches).mT.unflatten(-1, seen.grid), 2)
+                for layer in (self.cell_depth, self.context)
             )
-            # Each half counts as much as the other, and as sharply as alone.
-            context = torch.cat([F.normalize(x, dim=2) for x in both], 2)
-        return Guess(depth[:, :, 0], pose, context)
+        return Guess(depth[:, :, 0].exp(), pose, _both(seen.local, context))
 
-    def settle(self, seen: Seen, guess: Guess, per_patch: int | None = None) -> Settled:
-        """What the solver finds from a guess, by so many cells of each patch.
+    def find(
+        self, seen: Seen, guess: Guess, per_patch: int | None = None
+    ) -> tuple[Matches, Tensor]:
+        """Matches between frames by features of fine cells, so many of each patch; the features.
 
-        None: by all where they are few; they cost the solver's time, and are worth it.
+        per_patch: None: four, where they are few.
         """
-        N = guess.depth[0, 0].numel() // 4
+        h, w = seen.grid
+        B, S = seen.local.shape[:2]
         if per_patch is None:
-            per_patch = max(1, min(4, ENOUGH // (N * guess.depth.shape[1])))
+            per_patch = max(1, min(4, ENOUGH // (S * h * w)))
+        with full_precision(seen.pixels), torch.no_grad():
+            fine = self.aggregator.patch_embed(seen.pixels.flatten(0, 1))
+            context = _enlarged(guess.context[:, :, 64:], self.config.fine)
+            features = _both(fine.unflatten(0, (B, S)), context)
+            side = 2 * self.config.fine
+            target = matching.others(features, side)
+            return matching.find(features, target, 2 * SHARPNESS, side, per_patch), features
+
+    def refined(self, matches: Matches, features: Tensor) -> Matches:
+        """Matches as the head of matches sees them."""
+        with full_precision(features), torch.no_grad():
+            return matching.refine(matches, features, self.match_head)
+
+    def settle(self, seen: Seen, guess: Guess, matches: Matches) -> Settled:
+        """What the solver finds from a guess and refined matches."""
+        H, W = seen.pixels.shape[-2:]
         with full_precision(guess.depth), torch.no_grad():
-            target = matching.others(guess.context)
-            matches = matching.find(guess.context, target, 2 * SHARPNESS, per_patch)
-            matches = matching.refine(matches, guess.context, self.match_head)
-            extrinsics, lenses = decode_pose(guess.pose, seen.size)
-            focal = lenses[..., 0, 0].mean(1) / (8 * max(seen.size[0] // 16, seen.size[1] // 16))
+            depth = _enlarged(guess.depth[:, :, None], self.config.fine)[:, :, 0]
+            extrinsics, lenses = decode_pose(guess.pose, (H, W))
+            focal = lenses[..., 0, 0].mean(1) / (max(H, W) / 2)
             # In the world of the first camera, which the head only nearly is.
             extrinsics = compose(extrinsics, invert(extrinsics[:, :1]).expand_as(extrinsics))
             start = extrinsics[..., :3], extrinsics[..., 3]
-            found = solver.cameras(matches, guess.depth, start, focal)
-            weight = found.agreement.amax(2)
-            guessed = solver.at_cells(guess.depth, matches)
-            apart = (weight * (guessed / found.depth).log()).sum((1, 2))
-            scale = (apart / weight.sum((1, 2)).clamp(min=1e-6)).exp()[:, None, None]
+            found = solver.cameras(matches, depth, start, focal)
+            weight, guessed = found.agreement.amax(2), solver.at_cells(depth, matches)
+            scale = _factor(found.depth, guessed, weight)[:, None, None]
             found = found._replace(translation=found.translation * scale, depth=found.depth * scale)
-            facts = _facts(matches, found, guessed, guess.depth.shape[-1])[:, :, :N]
-            pose = _encoded(found, seen.size)
-            return Settled(pose, matches.cell, found.depth, weight, facts)
+            facts = _facts(matches, found, guessed, (depth.shape[-1], 2 * self.config.fine))
+            facts = facts[:, :, : seen.grid[0] * seen.grid[1]]  # those of the surest come first
+            return Settled(_encoded(found, (H, W)), matches, found.depth, weight, facts)
 
     def dense(
         self, seen: Seen, settled: Settled, frames_per_chunk: int = 8
     ) -> tuple[Tensor, Tensor]:
         """Depth and its confidence [B, S, H, W]."""
-        special = 1 + self.config.registers
-        rotate = self.aggregator.rope_embed((seen.size[0] // 16, seen.size[1] // 16), special)
-        read = partial(self.depth_head, rotate, seen.size)
+        fine = self.config.fine
+        small = tuple(n // fine for n in seen.pixels.shape[-2:])
+        rotate = self.aggregator.rope_embed(seen.grid, 1 + self.config.registers)
+        read = partial(self.depth_head, rotate, small)
         with compute(self._matrix):
             depth, confidence = by_frames(read, [*seen.layers, settled.facts], frames_per_chunk)
+        depth, confidence = (_enlarged(x[:, :, None], fine)[:, :, 0] for x in (depth, confidence))
         return depth, confidence
 
 
-def _cells(depth: Tensor, size: Size) -> Tensor:
-    """Mean depth [B, S, cells] of the cells of maps [B, S, H, W]."""
-    return F.avg_pool2d(depth[..., : size[0] // 16 * 16, : size[1] // 16 * 16], 8).flatten(2)
+def _both(local: Tensor, context: Tensor) -> Tensor:
+    """Features of the encoder and of the last layer; each half counts as much as the other."""
+    return torch.cat([F.normalize(x.float(), dim=2) for x in (local, context)], 2)
 
 
-def _facts(matches: Matches, found: Solution, guessed: Tensor, columns: int) -> Tensor:
-    """[B, S, N, FACTS]: depth, trust, place in the patch, ray, world, camera."""
+def _enlarged(maps: Tensor, scale: int) -> Tensor:
+    """Maps [B, S, C, h, w] so many times finer."""
+    if scale == 1:
+        return maps
+    larger = F.interpolate(maps.flatten(0, 1), scale_factor=scale, mode="bilinear")
+    return torch.unflatten(larger, 0, maps.shape[:2])
+
+
+def _factor(depth: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+    """[B]: what brings depth [B, S, N] to that wanted in the weighted mean of logarithms."""
+    apart = ((wanted / depth).log() * weight).sum((1, 2))
+    return (apart / weight.sum((1, 2)).clamp(min=1e-6)).exp()
+
+
+def _facts(matches: Matches, found: Solution, guessed: Tensor, cells: tuple[int, int]) -> Tensor:
+    """[B, S, N, FACTS]: depth, trust, place in the patch, ray, world, camera.
+
+    cells: how many a row of an image and of a patch has.
+    """
     R, t = found.rotation, found.translation
     rays = solver.rays(matches.own, found.focal)
     world = (rays * found.depth[..., None] - t[:, :, None]) @ R
     deeper = (found.depth / guessed).log().clamp(-3, 3)
     agreement = torch.stack([found.agreement.amax(2), found.agreement.mean(2)], -1)
-    row, column = matches.cell // columns, matches.cell % columns
-    corner = torch.stack([row % 2, column % 2], -1).to(rays) - 0.5
+    row, column = matches.cell // cells[0], matches.cell % cells[0]
+    corner = (torch.stack([row, column], -1) % cells[1] + 0.5).to(rays) / cells[1] - 0.5
     center = -(R.mT @ t[..., None])[..., 0].clamp(-10, 10)
     focal = found.focal.log()[:, None, None].expand(*R.shape[:2], 1)
     camera = torch.cat([R.flatten(2), center, focal], -1)[:, :, None]
@@ -306,7 +339,7 @@ def _facts(matches: Matches, found: Solution, guessed: Tensor, columns: int) -> 
 def _encoded(solution: Solution, size: Size) -> Tensor:
     """[B, S, 9] pose encodings of a solution, for images of that size."""
     S = solution.depth.shape[1]
-    focal = solution.focal * (max(size) // 16 * 8)
+    focal = solution.focal * (max(size) / 2)
     lens = torch.diag_embed(torch.stack([focal, focal, torch.ones_like(focal)], -1))
     extrinsics = torch.cat([solution.rotation, solution.translation[..., None]], -1)
     return encode_pose(extrinsics, lens[:, None].expand(-1, S, -1, -1), size)
