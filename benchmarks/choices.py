@@ -28,12 +28,14 @@ from vggt_cli.learning.evaluate import evaluate
 from vggt_cli.learning.objectives import MINI_WEIGHTS, Teacher, Weights, objective
 from vggt_cli.learning.stream import Data, Stream
 from vggt_cli.learning.train import TrainConfig, follow, freeze, groups, schedule
+from vggt_cli.models.catalog import entry
 from vggt_cli.models.layers import Outputs
 from vggt_cli.models.mini import Mini, MiniConfig, Seen
 
 FIGURES = ("rotation", "direction", "AUC@5", "AUC@30", "AbsRel", "field of view")
 HELD_OUT = 24  # scenes
 ENCODER = "aggregator.patch_embed."
+SHAPING = entry("mini").shaping
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def run(choice: Choice, minutes: float) -> dict[str, Any]:
         follow(average, network, steps)
         steps += 1
         spent += (time.thread_time() - began) / 60
-    rows = {row["prediction"]: row for row in evaluate(average.eval(), listed())}
+    rows = {row["prediction"]: row for row in evaluate(average.eval(), listed(), shaping=SHAPING)}
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     figures = {name: rows["network"][name] for name in FIGURES}
     done = {"choice": choice.name, "minutes": minutes, "steps": steps, "parameters": trained}

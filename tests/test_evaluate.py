@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from test_datasets import write_dense_workspace
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vggt_cli.errors import InputError
 from vggt_cli.formats.colmap import Lens
@@ -30,18 +31,18 @@ FEW = {"seeds": SEEDS, "frames": [PATH.frames], "size": PATH.size, "spread": PAT
 class Oracle(nn.Module):
     """A network that knows the scenes by their order and says three times their depth."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: tuple[int, int] = PATH.size) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor(3.0))
+        self.scale, self.size = nn.Parameter(torch.tensor(3.0)), size
         self.scenes = iter([synthetic.sample(seed, PATH) for seed in SEEDS])
 
     def forward(self, images: Tensor, frames_per_chunk: int) -> Outputs:
-        scene = next(self.scenes)
-        assert scene.pixels.shape == images.shape[1:]
+        scene, size = next(self.scenes), (images.shape[-2], images.shape[-1])
+        assert size == self.size
         cameras = scene.cameras
         encoding = encode_pose(cameras.extrinsics, cameras.intrinsics, PATH.size)
         encoding = torch.cat([encoding[:, :3] * self.scale, encoding[:, 3:]], -1)
-        depth = scene.depth[None] * self.scale
+        depth = F.interpolate(scene.depth[None], size) * self.scale
         return Outputs(encoding[None, None], depth, torch.ones_like(depth))
 
 
@@ -52,8 +53,14 @@ def by_name(rows: list[Row]) -> tuple[dict[str, float], dict[str, float]]:
     return cast(dict[str, float], network), cast(dict[str, float], constant)
 
 
-def test_the_truth_at_another_scale_has_no_error() -> None:
-    found, constant = by_name(evaluate(cast(Network, Oracle()), FEW))
+@pytest.mark.parametrize(
+    ("size", "shaping"), [(PATH.size, None), ((160, 192), Shaping("balanced", 176, 32))]
+)
+def test_the_truth_at_another_scale_has_no_error(
+    size: tuple[int, int], shaping: Shaping | None
+) -> None:
+    network = cast(Network, Oracle(size))
+    found, constant = by_name(evaluate(network, FEW, shaping=shaping))
     assert found["AUC@5"] == 100
     assert found["rotation"] == pytest.approx(0, abs=0.05)
     assert found["direction"] == pytest.approx(0, abs=0.05)

@@ -176,7 +176,7 @@ def evaluate(
     if opened:
         rows = learning.evaluate_photos(network, used.shaping, opened, sift)
     else:
-        rows = learning.evaluate(network, with_sift=sift)
+        rows = learning.evaluate(network, None, sift, used.shaping)
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vggt_cli.errors import InputError
 from vggt_cli.formats import images as photos
@@ -47,12 +48,16 @@ class Case:
 
 
 def evaluate(
-    network: Network, listed: Mapping[str, Any] | None = None, with_sift: bool = False
+    network: Network,
+    listed: Mapping[str, Any] | None = None,
+    with_sift: bool = False,
+    shaping: Shaping | None = None,
 ) -> list[Row]:
     """Rows of figures on rendered scenes for each number of frames.
 
     listed: seeds, frames, size and spread of the scenes; None: the held-out ones, which
-    stand in weights/heldout.json and were fixed before any training.
+    stand in weights/heldout.json and were fixed before any training. shaping: that of the network's
+    weights, to which the scenes are brought as photos are; None: they stay as large as rendered.
     """
     if listed is None:
         folder = store.bundled()
@@ -61,7 +66,7 @@ def evaluate(
     rows = []
     for frames in listed["frames"]:
         path = synthetic.Path(frames, tuple(listed["size"]), listed["spread"])
-        cases = [_rendered(seed, path) for seed in listed["seeds"]]
+        cases = [_rendered(seed, path, shaping) for seed in listed["seeds"]]
         log.info("%d rendered scenes of %d frames", len(cases), frames)
         rows += _rows(network, "rendered", cases, with_sift)
     return rows
@@ -108,17 +113,28 @@ def as_photos(sample: synthetic.Sample, seed: int) -> ImageSet:
     )
 
 
-def _rendered(seed: int, path: synthetic.Path) -> Case:
+def _rendered(seed: int, path: synthetic.Path, shaping: Shaping | None) -> Case:
     sample = synthetic.sample(seed, path)
-    images = as_photos(sample, seed)
+    recorded = as_photos(sample, seed)
 
     def views() -> list[View]:
         k = sample.cameras.intrinsics.double()
         parameters = torch.stack([k[:, 0, 0], k[:, 1, 1], k[:, 0, 2], k[:, 1, 2]], -1).tolist()
-        lenses = [Lens("PINHOLE", images.size, tuple(values)) for values in parameters]
-        return [_view(seen, lens) for seen, lens in zip(images.pixels, lenses, strict=True)]
+        lenses = [Lens("PINHOLE", recorded.size, tuple(values)) for values in parameters]
+        return [_view(seen, lens) for seen, lens in zip(recorded.pixels, lenses, strict=True)]
 
-    return Case(images, sample.cameras, sample.depth, sample.valid, views)
+    if shaping is None:
+        return Case(recorded, sample.cameras, sample.depth, sample.valid, views)
+    (h, w), size = recorded.size, photos.network_size(recorded.size, shaping)
+    pixels = F.interpolate(recorded.pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+    depth, valid = (F.interpolate(x[:, None].float(), size) for x in (sample.depth, sample.valid))
+    back = torch.diag(torch.tensor([w / size[1], h / size[0], 1.0], dtype=torch.float64))
+    valid = valid[:, 0] > 0
+    every = torch.ones_like(valid)
+    back = back.expand(len(pixels), 3, 3)
+    images = ImageSet(recorded.names, pixels, every, back, recorded.source_size)
+    larger = torch.tensor([size]).repeat(len(pixels), 1)
+    return Case(images, resize(sample.cameras, back.inverse(), larger), depth[:, 0], valid, views)
 
 
 def _photographed(scene: PhotoScene, shaping: Shaping) -> Case:

@@ -60,12 +60,6 @@ class Verdict(NamedTuple):
     logit: Tensor  # [...] of the point being visible there, within REACH
 
 
-def mutual(own: Tensor, other: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
-    """Likeness [..., N, M] and certainty that each is the other's match, of unit features."""
-    alike = (own @ other.mT * sharpness - sharpness / 2).exp()
-    return alike, alike.square() / alike.sum(-1, keepdim=True) / alike.sum(-2, keepdim=True)
-
-
 def find(
     features: Tensor, target: Tensor, sharpness: float, side: int, per_patch: int = 1
 ) -> Matches:
@@ -82,8 +76,10 @@ def find(
     found: list[tuple[Tensor, ...]] = []
     for s, k in product(range(0, S, CHUNK), range(target.shape[2])):
         other = unit[every, target[:, s : s + CHUNK, k]]
-        alike, sure = mutual(unit[:, s : s + CHUNK], other, sharpness)
-        certainty, best = sure.max(-1)
+        alike = (unit[:, s : s + CHUNK] * sharpness @ other.mT).exp_()  # [B, chunk, cells, cells]
+        # The largest of likeness^2 / (sum of its row x sum of its column), in few passes.
+        most, best = (alike * alike.sum(-2, keepdim=True).rsqrt()).max(-1)
+        certainty = most.square() / alike.sum(-1)
         spot = around[best]  # [B, chunk, cells, 9]
         weight = alike.gather(-1, spot)[..., None]
         place = (weight * places[spot]).sum(-2) / weight.sum(-2)
