@@ -43,7 +43,8 @@ BESIDE = {
     "formats": {
         "images": set(),
         "colmap": set(),
-        "colmap_read": {"colmap"},
+        "colmap_rows": set(),
+        "colmap_read": {"colmap", "colmap_rows"},
         "export": {"colmap", "images"},
     },
     "reconstruction": {"predict": set(), "fuse": set(), "pipeline": {"predict", "fuse"}},
