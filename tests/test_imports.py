@@ -22,6 +22,7 @@ LAYER = {
     "terminal": 5,
     "cli_weights": 5,
     "cli_learning": 6,
+    "cli_scenes": 6,
     "cli": 7,
     "__main__": 8,
 }
@@ -46,6 +47,12 @@ BESIDE = {
         "colmap_rows": set(),
         "colmap_read": {"colmap", "colmap_rows"},
         "export": {"colmap", "images"},
+        "headers": set(),
+        "view_selection": {"colmap_rows"},
+        "check_files": {"colmap_rows", "headers", "view_selection"},
+        "check_faults": {"check_files", "colmap_rows", "headers"},
+        "check_rules": {"check_faults", "check_files"},
+        "check": {"check_files", "check_rules"},
     },
     "reconstruction": {"predict": set(), "fuse": set(), "pipeline": {"predict", "fuse"}},
     "learning": {

@@ -1,4 +1,4 @@
-"""A COLMAP sparse model from its files, binary or text, and the depth maps of COLMAP and of ours."""
+"""A COLMAP sparse model from its files, binary or text, and depth maps of COLMAP and of ours."""
 
 from __future__ import annotations
 

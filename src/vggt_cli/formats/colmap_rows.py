@@ -100,8 +100,10 @@ NO_POINTS = Points(
 
 
 def kind_of(folder: Path) -> str:
-    """ "bin" or "txt": binary files go before text."""
-    return "bin" if (folder / "cameras.bin").is_file() else "txt"
+    """Which files count, "bin" or "txt": the whole set, binary before text; else what is there."""
+    there = {k: [(folder / f"{part}.{k}").is_file() for part in PARTS] for k in ("bin", "txt")}
+    whole, some = ([k for k in there if test(there[k])] for test in (all, any))
+    return [*whole, *some, "bin"][0]
 
 
 def cameras(folder: Path) -> dict[int, Camera]:
@@ -240,7 +242,8 @@ def _images_text(path: Path) -> list[Image]:
             seen["xy"] = values[:, :2]
             seen["point"] = np.where(values[:, 2] < 0, NO_POINT, values[:, 2].astype(np.int64))
             name = " ".join(words[9:])
-            found.append(Image(int(number), tuple(map(float, pose)), int(camera), name, seen))
+            ids = [int(np.uint32(int(word))) for word in (number, camera)]
+            found.append(Image(ids[0], tuple(map(float, pose)), ids[1], name, seen))
     return found
 
 
