@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,8 +91,11 @@ def _print_verdicts(files: Files, verdicts: list[Verdict]) -> None:
         for found in verdict.findings:
             level = "note: " if found.level == "note" else ""
             typer.echo(f"{'':{width}}{level}{found} [{found.rule}]")
+    folder = str(files.folder)
+    if any(verdict.commands for verdict in verdicts):
+        typer.echo(f"\nCommands, with S={shlex.quote(folder)}")
+    short = shlex.quote(folder) == folder and folder != "."
     for verdict in verdicts:
-        if verdict.commands:
-            typer.echo(f"\n{LABELS[verdict.consumer]}:")
-            for command in verdict.commands:
-                typer.echo(f"  {command}")
+        for i, command in enumerate(verdict.commands):
+            label = "" if i else LABELS[verdict.consumer]
+            typer.echo(label.ljust(width) + (command.replace(folder, "$S") if short else command))

@@ -66,7 +66,7 @@ def _verdict(files: Files, consumer: str) -> Verdict:
     broken = [finding for finding in findings if finding.level == BROKEN]
     mends = {finding.rule for finding in findings if finding.level == MENDABLE}
     commands = tuple(COMMANDS[consumer](_Way(files, mends))) if mends and not broken else ()
-    if any(line.startswith("colmap ") for line in commands):  # what COLMAP cannot read either
+    if any("colmap " in line for line in commands):  # what COLMAP cannot read either
         broken = [found for found in _findings(files, "colmap") if found.level == BROKEN]
     if broken:
         findings = [*broken, *(found for found in findings if found.level == NOTE)]
@@ -114,10 +114,8 @@ class _Way:
     def convert(self, there: Path, kind: str) -> None:
         """The model in the folder `there` as files of `kind`, "BIN" or "TXT"."""
         make = f"mkdir -p {_q(there)} && " if self.model != there else ""
-        if make:
-            self.run(make.removesuffix(" && "))
         self.run(
-            f"colmap model_converter --input_path {_q(self.model)} "
+            f"{make}colmap model_converter --input_path {_q(self.model)} "
             f"--output_path {_q(there)} --output_type {kind}"
         )
         self.model, self.kind = there, kind.lower()
@@ -129,7 +127,7 @@ def _q(path: Path) -> str:
 
 def _colmap(way: _Way) -> list[str]:
     way.run(f"colmap gui --import_path {_q(way.model)} --image_path {_q(way.root / 'images')}")
-    return way.run("# then Render > Render options > Points: Min. track length 1")
+    return way.run("# then Render > Render options > Points > Min. track length: 1")
 
 
 def _patch_match(way: _Way) -> list[str]:
@@ -182,18 +180,15 @@ def _openmvs(way: _Way) -> list[str]:
     if "simple-pinhole" in way.mends:  # image_undistorter leaves it as it is
         pattern = r"s/SIMPLE_PINHOLE ([0-9]+ [0-9]+) ([^ ]+)/PINHOLE \1 \2 \2/"
         way.run(f"sed -E -i '{pattern}' {_q(there / 'cameras.txt')}")
-    out = _q(way.root / "scene.mvs")
-    images = _q(way.root / "images")
-    return way.run(f"InterfaceCOLMAP -i {_q(way.root)} -o {out} --image-folder {images}")
+    return way.run(f"InterfaceCOLMAP -i {_q(way.root)} -o {_q(way.root / 'scene.mvs')}")
 
 
 def _instant_ngp(way: _Way) -> list[str]:
     if way.mends & {"text", *UNDISTORT}:
         way.convert(way.root / "text", "TXT")
-    paths = f"--text {_q(way.model)} --images {_q(way.root / 'images')}"
-    return way.run(
-        f"python scripts/colmap2nerf.py {paths} --out {_q(way.root / 'transforms.json')}"
-    )
+    text = shlex.quote(way.model.relative_to(way.root).as_posix())
+    # Its paths to photos are relative to where it runs.
+    return way.run(f"cd {_q(way.root)} && python colmap2nerf.py --text {text} --images images")
 
 
 COMMANDS: dict[str, Callable[[_Way], list[str]]] = {

@@ -243,21 +243,28 @@ def short_tracks(files: Files, consumer: str) -> Fault | None:
 
 
 def all_alone(files: Files, consumer: str) -> Fault | None:
-    if not files.images or len(files.lonely) < len(files.images):
+    if not len(files.points.number) or len(files.lonely) < len(files.images):
         return None
-    return files.part("points3D"), "no two images share points at an angle of a degree or more"
+    return files.part("points3D"), "no two images share points, or only at less than a degree"
 
 
 def alone(files: Files, consumer: str) -> Fault | None:
     bad = [image for image in files.images if image.name in set(files.lonely)]
     some = len(bad) < len(files.images)
-    return _of(files, bad, "shares no points with others at an angle") if some else None
+    return (
+        _of(files, bad, "shares no points with others, or only at less than a degree")
+        if some
+        else None
+    )
 
 
-def few(files: Files, consumer: str) -> Fault | None:
-    enough = {"patch-match": 3, "fusion": 5}[consumer]
+def fewer_than_3(files: Files, consumer: str) -> Fault | None:
+    return (files.part("images"), "2 images") if len(files.images) == 2 else None
+
+
+def fewer_than_5(files: Files, consumer: str) -> Fault | None:
     count = len(files.images)
-    return (files.part("images"), f"{count} images") if 1 < count < enough else None
+    return (files.part("images"), f"{count} images") if 1 < count < 5 else None
 
 
 def no_workspace(files: Files, consumer: str) -> Fault | None:
@@ -270,7 +277,7 @@ def no_workspace(files: Files, consumer: str) -> Fault | None:
 def no_text(files: Files, consumer: str) -> Fault | None:
     folder = files.folder / "sparse" if consumer == "openmvs" else files.model
     there = all((folder / f"{part}.txt").is_file() for part in PARTS)
-    return None if there else (files.part("cameras"), "no text files")
+    return None if there else (files.inside(folder), "no text files")
 
 
 def elsewhere(files: Files, consumer: str) -> Fault | None:
