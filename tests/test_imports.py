@@ -116,7 +116,9 @@ def test_only_device_names_an_accelerator() -> None:
             assert not re.search(r"""["'.]cuda""", text), module
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["reconstruct", "--help"], ["weights", "list"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["reconstruct", "--help"], ["check", "--help"], ["weights", "list"]]
+)
 def test_help_and_the_list_of_weights_do_not_wait_for_torch(arguments: list[str]) -> None:
     code = (
         "import sys, atexit\n"

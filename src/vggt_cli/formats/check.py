@@ -144,7 +144,7 @@ def _fusion(way: _Way) -> list[str]:
 
 def _3dgs(way: _Way) -> list[str]:
     there = way.root / "sparse/0"
-    if way.kind == "txt" and way.mends & {"spaces", "simple-pinhole"}:
+    if way.kind == "txt" and "simple-pinhole" in way.mends:
         way.convert(there, "BIN")
     way.place(there)
     if "ply" in way.mends and not way.mends & UNDISTORT:
@@ -160,8 +160,8 @@ def _gsplat(way: _Way) -> list[str]:
 
 
 def _nerfstudio(way: _Way) -> list[str]:
-    if "spaces" in way.mends and not way.mends & UNDISTORT:
-        way.convert(way.root / "colmap/sparse/0", "BIN")
+    if "spaces-beside" in way.mends and not way.mends & UNDISTORT:
+        way.place(way.root / "colmap/sparse/0")
     place = shlex.quote(way.model.relative_to(way.root).as_posix())
     options = f"--data {_q(way.root)} --colmap-path {place} --downscale-factor 1"
     return way.run(f"ns-train splatfacto colmap {options}")

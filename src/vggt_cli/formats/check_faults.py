@@ -188,8 +188,12 @@ def mixed_lenses(files: Files, consumer: str) -> Fault | None:
 
 
 def simple_pinhole(files: Files, consumer: str) -> Fault | None:
-    reads_text = consumer != "3dgs" or files.kind == "txt"
-    simple = reads_text and any(cam.model == "SIMPLE_PINHOLE" for cam in files.used.values())
+    text = files.folder / "sparse/cameras.txt"
+    if consumer == "openmvs" and text.is_file():  # which it reads, whatever is elsewhere
+        simple = "SIMPLE_PINHOLE" in text.read_text(encoding="utf-8", errors="replace")
+    else:
+        reads_text = consumer == "openmvs" or files.kind == "txt"
+        simple = reads_text and any(cam.model == "SIMPLE_PINHOLE" for cam in files.used.values())
     return (files.part("cameras"), "a SIMPLE_PINHOLE camera") if simple else None
 
 
@@ -198,7 +202,8 @@ def principal_point(files: Files, consumer: str) -> Fault | None:
         (x, y), (H, W) = camera.principal_point(), camera.size
         return max(abs(x - W / 2), abs(y - H / 2))
 
-    most = max(map(off, files.used.values()), default=0.0)
+    pinholes = [cam for cam in files.used.values() if cam.model in LENSES[consumer]]
+    most = max(map(off, pinholes), default=0.0)
     words = f"a principal point {most:.1f} pixels off the centre"
     return (files.part("cameras"), words) if most > 1 else None
 
@@ -306,9 +311,14 @@ def ply(files: Files, consumer: str) -> Fault | None:
 
 
 def spaces(files: Files, consumer: str) -> Fault | None:
-    text = (files.model / "cameras.txt").is_file()
-    reads_text = {"3dgs": files.kind == "txt", "nerfstudio": text}.get(consumer, True)
+    reads_text = files.kind == "txt" or consumer in ("openmvs", "instant-ngp")
     bad = [image for image in files.images if reads_text and len(image.name.split()) > 1]
+    return _of(files, bad, "a name with a space")
+
+
+def spaces_beside(files: Files, consumer: str) -> Fault | None:
+    text = files.kind == "bin" and (files.model / "cameras.txt").is_file()
+    bad = [image for image in files.images if text and len(image.name.split()) > 1]
     return _of(files, bad, "a name with a space")
 
 

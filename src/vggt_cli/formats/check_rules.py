@@ -92,10 +92,11 @@ PHOTOS = (
     Rule("turned", faults.turned, _to(NOTE, *ALL),
          "COLMAP since 4.0 and OpenCV turn photos by it, Pillow and older COLMAP do not",
          "COLMAP 4.0's release notes; Pillow's Image.open"),
-    Rule("spaces", faults.spaces,
-         _to(BROKEN, "openmvs", "instant-ngp") | _to(MENDABLE, "3dgs", "nerfstudio"),
-         "text files are split at spaces",
-         f"{READER_OPENMVS}; {READER_NGP}; {READER_3DGS}; {READER_NERFSTUDIO}"),
+    Rule("spaces", faults.spaces, _to(BROKEN, *_without("brush")),
+         "readers of text files split lines at spaces",
+         f"COLMAP 4.2, as run; {READER_3DGS}; {READER_NERFSTUDIO}; {READER_OPENMVS}; {READER_NGP}"),
+    Rule("spaces-beside", faults.spaces_beside, _to(MENDABLE, "nerfstudio"),
+         "it takes text before binary files and splits lines at spaces", READER_NERFSTUDIO),
 )  # fmt: skip
 LENSES = (
     Rule("lens", faults.lens, _to(MENDABLE, *SPLATS, "openmvs", "instant-ngp"),

@@ -56,9 +56,15 @@ def _centers(images: Sequence[Image]) -> Array:
 
 
 def _has_neighbour(frame: Array, point: Array, xyz: Array, centers: Array) -> Array:
-    """[S] bool from observations [K], which are sorted by point."""
-    S = len(centers)
-    shared, wide = np.zeros(S * S, np.int64), np.zeros(S * S, np.int64)
+    """[S] bool from observations [K], which are sorted by point.
+
+    The percentile of a pair is interpolated between two of its angles, and whether they are large
+    enough follows from the count of those that are; only where the limit lies between the two
+    does it need them: the largest of the small and the smallest of the large.
+    """
+    S, limit = len(centers), np.deg2rad(MIN_ANGLE)
+    shared, small = np.zeros(S * S, np.int64), np.zeros(S * S, np.int64)
+    low, high = np.zeros(S * S), np.full(S * S, np.pi)
     with np.errstate(all="ignore"):
         rays = xyz[point] - centers[frame]
         rays /= np.linalg.norm(rays, axis=-1, keepdims=True)
@@ -66,15 +72,18 @@ def _has_neighbour(frame: Array, point: Array, xyz: Array, centers: Array) -> Ar
     first, ahead = np.flatnonzero(after > 0), 1
     while len(first):
         second = first + ahead
-        cosine = np.abs((rays[first] * rays[second]).sum(-1))
+        angle = np.arccos(np.abs((rays[first] * rays[second]).sum(-1)).clip(0, 1))
         i, j = frame[first], frame[second]
-        pair = np.minimum(i, j) * S + np.maximum(i, j)
+        pair, less = np.minimum(i, j) * S + np.maximum(i, j), angle < limit
         shared += np.bincount(pair, minlength=S * S)
-        wide += np.bincount(pair[cosine <= np.cos(np.deg2rad(MIN_ANGLE))], minlength=S * S)
+        small += np.bincount(pair[less], minlength=S * S)
+        np.maximum.at(low, pair[less], angle[less])
+        np.minimum.at(high, pair[~less], angle[~less])
         ahead += 1
         first = first[after[first] >= ahead]
-    below = shared - wide
-    rank = np.floor(PERCENTILE * (shared - 1) + 0.5)  # C's round, not Python's
-    pairs = ((shared > 0) & (below <= rank)).reshape(S, S)
+    rank = PERCENTILE * (shared - 1)
+    between = low + (rank - np.floor(rank)) * (high - low)
+    wide = (small <= np.floor(rank)) | ((small <= np.ceil(rank)) & (between >= limit))
+    pairs = ((shared > 0) & wide).reshape(S, S)
     np.fill_diagonal(pairs, False)
     return np.asarray((pairs | pairs.T).any(0))
