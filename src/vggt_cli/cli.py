@@ -26,8 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Photos in, scene out: cameras, depth and points from one feed-forward transformer.",
-    epilog="Exit codes: 0 ok, 1 reconstruction failed, 2 usage, input or output, "
-    "4 weights or licence, 5 out of memory, 70 internal error, 130 interrupted.",
+    epilog="Exit codes: 0 ok, 1 reconstruction failed or check found a fault, "
+    "2 usage, input or output, 4 weights or licence, 5 out of memory, 70 internal error, "
+    "130 interrupted.",
 )
 app.add_typer(weights_app, name="weights")
 app.command()(cli_learning.train)
