@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from vggt_cli.formats.check_files import Files
-from vggt_cli.formats.colmap_rows import MODELS, NO_POINT, PARTS, Array, Camera, Image
+from vggt_cli.formats.colmap_rows import MODELS, PARTS, Array, Camera, Image
 from vggt_cli.formats.headers import Header, header
 
 Size = tuple[int, int]  # (height, width)
@@ -224,21 +224,7 @@ def no_track(files: Files, consumer: str) -> Fault | None:
 
 
 def contradiction(files: Files, consumer: str) -> Fault | None:
-    """Tracks name images and 2D points that exist, and 2D points name points that exist."""
-    track, seen = files.points.track, [image.seen for image in files.images]
-    if not files.images or "points3D" in files.unreadable:
-        return None
-    number = np.array([image.number for image in files.images], np.uint32)
-    order = np.argsort(number)
-    image = order[np.minimum(np.searchsorted(number[order], track["image"]), len(number) - 1)]
-    count = np.array([len(rows) for rows in seen])
-    if (lost := (number[image] != track["image"]) | (track["index"] >= count[image])).any():
-        return files.part("points3D"), f"{lost.sum()} entries of tracks name no 2D point"
-    named = np.concatenate([rows["point"] for rows in seen])
-    named = named[named != NO_POINT]
-    if lost := int((~np.isin(named, files.points.number)).sum()):
-        return files.part("images"), f"{lost} 2D points name no 3D point"
-    return None
+    return files.contradiction
 
 
 def short_tracks(files: Files, consumer: str) -> Fault | None:

@@ -11,9 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vggt_cli.errors import InputError
 from vggt_cli.formats import colmap_rows
-from vggt_cli.formats.colmap_rows import NO_POINTS, PARTS, Camera, Image, Points
+from vggt_cli.formats.colmap_rows import NO_POINT, NO_POINTS, PARTS, Camera, Image, Points
 from vggt_cli.formats.headers import Header, header
 from vggt_cli.formats.view_selection import without_neighbours
 
@@ -44,6 +46,23 @@ class Files:
     @cached_property
     def lonely(self) -> list[str]:
         return without_neighbours(self.images, self.points)
+
+    @cached_property
+    def contradiction(self) -> tuple[str, str] | None:
+        """The file and the words, where a track names no 2D point or a 2D point no 3D point."""
+        track, seen = self.points.track, [image.seen for image in self.images]
+        if not self.images or "points3D" in self.unreadable:
+            return None
+        number = np.array([image.number for image in self.images], np.uint32)
+        order = np.argsort(number)
+        image = order[np.minimum(np.searchsorted(number[order], track["image"]), len(number) - 1)]
+        count = np.array([len(rows) for rows in seen])
+        lost = int(((number[image] != track["image"]) | (track["index"] >= count[image])).sum())
+        if lost:
+            return self.part("points3D"), f"{lost} entries of tracks name no 2D point"
+        named = np.concatenate([rows["point"] for rows in seen])
+        lost = int((~np.isin(named[named != NO_POINT], self.points.number)).sum())
+        return (self.part("images"), f"{lost} 2D points name no 3D point") if lost else None
 
     @cached_property
     def opened(self) -> list[tuple[Image, Camera, Header]]:
