@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -59,6 +60,13 @@ def test_the_scene_is_printed_and_nothing_else(done: tuple[Path, str, str]) -> N
         "images", "sparse", "points.ply", "confidence", "report.json", "tokens.npz",
     }  # fmt: skip
     assert [path.name for path in out.parent.iterdir()] == ["scene"]
+
+
+def test_what_was_written_is_broken_for_no_other_program(done: tuple[Path, str, str]) -> None:
+    run = vggt("check", done[0])
+    assert run.returncode == 0, run.stdout
+    assert "broken" not in run.stdout
+    assert re.search(r"3DGS +ok\n", run.stdout)
 
 
 @pytest.mark.colmap

@@ -22,6 +22,7 @@ LAYER = {
     "terminal": 5,
     "cli_weights": 5,
     "cli_learning": 6,
+    "cli_scenes": 6,
     "cli": 7,
     "__main__": 8,
 }
@@ -43,8 +44,15 @@ BESIDE = {
     "formats": {
         "images": set(),
         "colmap": set(),
-        "colmap_read": {"colmap"},
+        "colmap_rows": set(),
+        "colmap_read": {"colmap", "colmap_rows"},
         "export": {"colmap", "images"},
+        "headers": set(),
+        "view_selection": {"colmap_rows"},
+        "check_files": {"colmap_rows", "headers", "view_selection"},
+        "check_faults": {"check_files", "colmap_rows", "headers"},
+        "check_rules": {"check_faults", "check_files"},
+        "check": {"check_files", "check_rules"},
     },
     "reconstruction": {"predict": set(), "fuse": set(), "pipeline": {"predict", "fuse"}},
     "learning": {
@@ -108,7 +116,9 @@ def test_only_device_names_an_accelerator() -> None:
             assert not re.search(r"""["'.]cuda""", text), module
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["reconstruct", "--help"], ["weights", "list"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["reconstruct", "--help"], ["check", "--help"], ["weights", "list"]]
+)
 def test_help_and_the_list_of_weights_do_not_wait_for_torch(arguments: list[str]) -> None:
     code = (
         "import sys, atexit\n"

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vggt_cli import __version__, cli_learning
+from vggt_cli import __version__, cli_learning, cli_scenes
 from vggt_cli.cli_weights import app as weights_app
 from vggt_cli.errors import VggtError
 from vggt_cli.terminal import Progress, Verbosity, speak
@@ -26,12 +26,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Photos in, scene out: cameras, depth and points from one feed-forward transformer.",
-    epilog="Exit codes: 0 ok, 1 reconstruction failed, 2 usage, input or output, "
-    "4 weights or licence, 5 out of memory, 70 internal error, 130 interrupted.",
+    epilog="Exit codes: 0 ok, 1 reconstruction failed or check found a fault, "
+    "2 usage, input or output, 4 weights or licence, 5 out of memory, 70 internal error, "
+    "130 interrupted.",
 )
 app.add_typer(weights_app, name="weights")
 app.command()(cli_learning.train)
 app.command()(cli_learning.evaluate)
+app.command()(cli_scenes.check)
 
 
 class Camera(enum.StrEnum):

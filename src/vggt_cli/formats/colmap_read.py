@@ -1,64 +1,23 @@
-"""A COLMAP sparse model from its files, binary or text, and the depth maps of COLMAP and of ours.
-
-With NumPy alone: pycolmap 4.2 does not come back from a points3D.bin that is cut short, and takes
-a cut cameras.bin for a camera of focal length 0. Files of rigs and frames are not needed, since
-images hold their poses in any case.
-Source: COLMAP's documentation, "Output Format".
-"""
+"""A COLMAP sparse model from its files, binary or text, and depth maps of COLMAP and of ours."""
 
 from __future__ import annotations
 
-import contextlib
 import re
-import struct
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vggt_cli.errors import InputError
-from vggt_cli.formats.colmap import Array, Lens, Model
+from vggt_cli.formats import colmap_rows
+from vggt_cli.formats.colmap import Lens, Model
+from vggt_cli.formats.colmap_rows import MODELS, NO_POINT
 from vggt_cli.geometry import rotation_from_quaternion
 from vggt_cli.scene import Cameras, Tracks
 
-# By COLMAP's number: name, focal lengths, coefficients of distortion.
-LENSES = (
-    ("SIMPLE_PINHOLE", 1, 0),
-    ("PINHOLE", 2, 0),
-    ("SIMPLE_RADIAL", 1, 1),
-    ("RADIAL", 1, 2),
-    ("OPENCV", 2, 4),
-    ("OPENCV_FISHEYE", 2, 4),
-    ("FULL_OPENCV", 2, 8),
-    ("FOV", 2, 1),
-    ("SIMPLE_RADIAL_FISHEYE", 1, 1),
-    ("RADIAL_FISHEYE", 1, 2),
-    ("THIN_PRISM_FISHEYE", 2, 8),
-)
+LENSES = MODELS[:11]  # those that every reader knows
 UNDISTORT = "undistort the scene first: colmap image_undistorter"
-NO_POINT = 2**64 - 1
-OBSERVATION = np.dtype([("xy", "<f8", 2), ("point", "<u8")])
-
-
-class _Image(NamedTuple):
-    """A row of images.bin or images.txt."""
-
-    number: int
-    pose: tuple[float, ...]  # quaternion wxyz, translation
-    camera: int
-    name: str
-    seen: Array  # [n] OBSERVATION
-
-
-class _Points(NamedTuple):
-    """points3D without its tracks, which the images hold too."""
-
-    number: Array  # [N] uint64, ascending
-    xyz: Array  # [N, 3]
-    rgb: Array  # [N, 3] uint8
 
 
 def read(folder: Path) -> Model:
@@ -69,33 +28,37 @@ def read(folder: Path) -> Model:
     Raises InputError for files that are missing, cut short or malformed, and camera models beyond
     COLMAP's first eleven.
     """
-    kind = "bin" if (folder / "cameras.bin").is_file() else "txt"
-    paths = [folder / f"{part}.{kind}" for part in ("cameras", "images", "points3D")]
-    for path in paths:
-        if not path.is_file():
-            hint = "a model is cameras, images and points3D, all .bin or all .txt"
-            raise InputError(f"no COLMAP model, {path.name} is missing: {folder}", hint)
-    lenses = (_lenses if kind == "bin" else _lenses_text)(paths[0])
-    found = (_images if kind == "bin" else _images_text)(paths[1])
-    images = sorted(found, key=lambda image: image.number)
-    points = (_points if kind == "bin" else _points_text)(paths[2])
+    kind = colmap_rows.kind_of(folder)
+    path = folder / f"cameras.{kind}"
+    lenses = {n: _lens(path, camera) for n, camera in colmap_rows.cameras(folder).items()}
+    images = sorted(colmap_rows.images(folder), key=lambda image: image.number)
+    points = colmap_rows.points(folder)
     for image in images:
         if image.camera not in lenses:
-            raise InputError(f"no camera {image.camera}, which {image.name} names: {paths[0]}")
+            raise InputError(f"no camera {image.camera}, which {image.name} names: {path}")
     if not images:
         raise InputError(f"a COLMAP model without images: {folder}")
     order = {number: i for i, number in enumerate(sorted({image.camera for image in images}))}
+    ascending = np.argsort(points.number, kind="stable")
     return Model(
         tuple(image.name for image in images),
         _cameras(images, lenses),
         tuple(order[image.camera] for image in images),
-        _tracks(images, points, paths[1]),
-        points.rgb,
+        _tracks(images, points, ascending, folder / f"images.{kind}"),
+        points.rgb[ascending],
         tuple(lenses[image.camera] for image in images),
     )
 
 
-def _cameras(images: list[_Image], lenses: dict[int, Lens]) -> Cameras:
+def _lens(path: Path, camera: colmap_rows.Camera) -> Lens:
+    model, size, parameters = camera
+    known = {name: focals for name, focals, _ in LENSES}
+    if model not in known:
+        raise InputError(f"a camera of model {model}, which is not read: {path}", UNDISTORT)
+    return Lens(model, size, parameters, any(parameters[known[model] + 2 :]))
+
+
+def _cameras(images: list[colmap_rows.Image], lenses: dict[int, Lens]) -> Cameras:
     poses = torch.tensor([image.pose for image in images], dtype=torch.float64)
     rotation = rotation_from_quaternion(poses[:, :4].roll(-1, 1))
     intrinsics = torch.eye(3, dtype=torch.float64).repeat(len(images), 1, 1)
@@ -108,131 +71,30 @@ def _cameras(images: list[_Image], lenses: dict[int, Lens]) -> Cameras:
     return Cameras(torch.cat([rotation, poses[:, 4:, None]], -1), intrinsics, size)
 
 
-def _tracks(images: list[_Image], points: _Points, path: Path) -> Tracks:
-    """Observations by point and frame; 2D points without a 3D point are left out."""
+def _tracks(
+    images: list[colmap_rows.Image],
+    points: colmap_rows.Points,
+    ascending: colmap_rows.Array,
+    path: Path,
+) -> Tracks:
+    """Observations by point and frame; 2D points without a 3D point are left out.
+
+    ascending: [N] order of the points by their ids, in which they are returned.
+    """
+    number, xyz = points.number[ascending], points.xyz[ascending]
     seen = np.concatenate([image.seen for image in images])
     frame = np.repeat(np.arange(len(images)), [len(image.seen) for image in images])
     frame, seen = frame[seen["point"] != NO_POINT], seen[seen["point"] != NO_POINT]
-    if not np.isin(seen["point"], points.number).all():
+    if not np.isin(seen["point"], number).all():
         raise InputError(f"images see points that points3D lacks: {path}")
-    point = np.searchsorted(points.number, seen["point"])
+    point = np.searchsorted(number, seen["point"])
     order = np.lexsort((frame, point))
     return Tracks(
-        torch.from_numpy(points.xyz.astype(np.float32)),
+        torch.from_numpy(xyz.astype(np.float32)),
         torch.from_numpy(point[order]),
         torch.from_numpy(frame[order].astype(np.int32)),
         torch.from_numpy(seen["xy"][order].astype(np.float32)),
     )
-
-
-def _lens(path: Path, model: str, size: tuple[int, int], parameters: tuple[float, ...]) -> Lens:
-    known = {name: (focals, extra) for name, focals, extra in LENSES}
-    if model not in known:
-        raise InputError(f"a camera of model {model}, which is not read: {path}", UNDISTORT)
-    focals, extra = known[model]
-    if len(parameters) != focals + 2 + extra or min(*size, *parameters[:focals]) <= 0:
-        raise InputError(f"a {model} camera of {size[1]} x {size[0]} with {parameters}: {path}")
-    return Lens(model, size, parameters, any(parameters[focals + 2 :]))
-
-
-class _Bytes:
-    """A binary file, read from its start; InputError where it ends too soon."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.data, self.at = path, path.read_bytes(), 0
-
-    def skip(self, length: int) -> int:
-        """Where the next `length` bytes start."""
-        start, self.at = self.at, self.at + length
-        if self.at > len(self.data):
-            raise InputError(f"the file is cut short: {self.path}", "copy or make it again")
-        return start
-
-    def take(self, layout: str) -> tuple[Any, ...]:
-        return struct.unpack_from("<" + layout, self.data, self.skip(struct.calcsize("<" + layout)))
-
-    def count(self) -> range:
-        return range(self.take("Q")[0])
-
-    def name(self) -> str:
-        end = self.data.find(b"\0", self.at)
-        start = self.skip(max(end + 1, self.at + 1) - self.at)
-        return self.data[start:end].decode(errors="replace")
-
-
-def _lenses(path: Path) -> dict[int, Lens]:
-    file, lenses = _Bytes(path), {}
-    for _ in file.count():
-        number, model, w, h = file.take("IiQQ")
-        name, focals, extra = LENSES[model] if model in range(len(LENSES)) else (f"{model}", 0, 0)
-        lenses[number] = _lens(path, name, (h, w), file.take(f"{focals + 2 + extra}d"))
-    return lenses
-
-
-def _images(path: Path) -> Iterator[_Image]:
-    file = _Bytes(path)
-    for _ in file.count():
-        number, *pose, camera = file.take("I7dI")
-        name, length = file.name(), file.take("Q")[0]
-        seen = np.frombuffer(file.data, OBSERVATION, length, file.skip(length * 24))
-        yield _Image(number, tuple(pose), camera, name, seen)
-
-
-def _points(path: Path) -> _Points:
-    file, rows = _Bytes(path), []
-    for _ in file.count():
-        *row, _, length = file.take("Q3d3BdQ")
-        rows.append(row)
-        file.skip(length * 8)
-    return _as_points(rows)
-
-
-def _as_points(rows: list[list[Any]]) -> _Points:
-    rows.sort(key=lambda row: row[0])
-    number = np.array([row[0] for row in rows], np.uint64)
-    xyz = np.array([row[1:4] for row in rows], np.float64).reshape(-1, 3)
-    rgb = np.array([row[4:7] for row in rows], np.uint8).reshape(-1, 3)
-    return _Points(number, xyz, rgb)
-
-
-@contextlib.contextmanager
-def _rows(path: Path) -> Iterator[Iterator[list[str]]]:
-    """The words of each line that is no comment; InputError where they cannot be understood."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        yield (line.split() for line in text.split("\n") if not line.startswith("#"))
-    except (ValueError, IndexError, OverflowError, StopIteration) as error:
-        raise InputError(f"a malformed line of a COLMAP model: {path} ({error})") from error
-
-
-def _lenses_text(path: Path) -> dict[int, Lens]:
-    lenses = {}
-    with _rows(path) as rows:
-        for number, model, w, h, *parameters in filter(None, rows):
-            values = tuple(map(float, parameters))
-            lenses[int(number)] = _lens(path, model, (int(h), int(w)), values)
-    return lenses
-
-
-def _images_text(path: Path) -> list[_Image]:
-    images = []
-    with _rows(path) as rows:
-        for words in rows:  # two lines an image; the second may be empty
-            if not words:
-                continue
-            number, *pose, camera = words[:9]
-            values = np.array(next(rows), np.float64).reshape(-1, 3)
-            seen = np.empty(len(values), OBSERVATION)
-            seen["xy"] = values[:, :2]
-            seen["point"] = np.where(values[:, 2] < 0, NO_POINT, values[:, 2].astype(np.int64))
-            name = " ".join(words[9:])
-            images.append(_Image(int(number), tuple(map(float, pose)), int(camera), name, seen))
-    return images
-
-
-def _points_text(path: Path) -> _Points:
-    with _rows(path) as rows:
-        return _as_points([[int(n), *map(float, row[:6])] for n, *row in filter(None, rows)])
 
 
 def read_map(path: Path) -> Tensor:
