@@ -104,8 +104,8 @@ def _followed(
         asked = points[None].to(images.pixels).to(next(network.parameters()).device)
         found = network.track(turned, images.size, asked)
     back = order.argsort()
-    xy = found.passes[-1, 0].cpu().double()[back] + 0.5
-    sure = ((found.visible[0] > SURE) & (found.confidence[0] > SURE)).cpu()[back]
+    xy = found.xy[-1, 0].cpu().double()[back] + 0.5
+    sure = ((found.visibility[0] > SURE) & (found.confidence[0] > SURE)).cpu()[back]
     scale = images.source_from_network.diagonal(dim1=1, dim2=2)[:, None, :2]
     return xy * scale + images.source_from_network[:, None, :2, 2], sure
 
