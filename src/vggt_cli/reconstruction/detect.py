@@ -104,7 +104,7 @@ def _read(entry: Path | None) -> Features | None:
     try:
         if entry is None:
             return None
-        with np.load(entry, allow_pickle=False) as kept:
+        with np.load(io.BytesIO(entry.read_bytes()), allow_pickle=False) as kept:
             features = Features(kept["xy"], kept["vectors"])
         entry.touch()
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
