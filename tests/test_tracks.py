@@ -1,4 +1,4 @@
-"""Feature tracks: on rendered scenes they agree with the truth, on real photos with the reference."""
+"""Feature tracks agree with the truth of rendered scenes and the reference of real photos."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -6,7 +6,7 @@ photos together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,9 +78,12 @@ def covisible(prediction: Prediction, valid: Tensor) -> Tensor:
     return share
 
 
-def alike(vectors: Sequence[Tensor]) -> Tensor:
+def alike(
+    vectors: Sequence[Tensor], progress: Callable[[int, int], None] = lambda done, total: None
+) -> Tensor:
     """[S, S] float32: how many of the first of each photo's features `vectors` [n, D] match.
 
+    progress: photos done, of all.
     Source: Wu, 3DV 2013, section 3.1 (the largest features tell whether the rest is worth it).
     """
     counts = torch.zeros(len(vectors), len(vectors))
@@ -88,6 +91,7 @@ def alike(vectors: Sequence[Tensor]) -> Tensor:
     for i, first in enumerate(few):
         for j in range(i + 1, len(few)):
             counts[i, j] = counts[j, i] = len(match(first, few[j])[0])
+        progress(i + 1, len(few))
     return counts
 
 

@@ -5,7 +5,7 @@ S frames, M points that are followed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -74,50 +74,52 @@ def has_tracker(network: Network | None, images: ImageSet) -> bool:
 
 
 def by_tracker(
-    network: Network, images: ImageSet, region: Tensor, queries: Sequence[int]
+    network: Network, images: ImageSet, region: Tensor, asked: Mapping[int, Sequence[int]]
 ) -> Iterator[Source]:
-    """A grid of points in each of the frames `queries`, followed by the network to all others.
+    """A grid of points in each of the frames `asked`, followed by the network to other frames.
 
-    region: [S, H, W] bool, where places count.
+    region: [S, H, W] bool, where places count. asked: the other frames, by the grid's frame.
     """
     assert isinstance(network, VGGT), type(network)
     device = next(network.parameters()).device
     with torch.inference_mode(), exact_convolutions():
         cached = network.aggregate(images.pixels[None].to(device))
-    for query in queries:
+    for query, others in asked.items():
         grid = torch.zeros_like(region[query])
         grid[STEP // 2 :: STEP, STEP // 2 :: STEP] = True
         points = (grid & region[query]).nonzero().flip(-1)  # (x, y); the centre of one is (0, 0)
-        if len(points):
-            xy, sure = _followed(network, cached, images, query, points)
-            yield _tracked(xy, sure, images, region, query)
+        if len(points) and len(others):
+            # The tracker follows from the frame that comes first, whichever that is.
+            frames = [query, *others]
+            turned = {n: x[:, torch.tensor(frames, device=x.device)] for n, x in cached.items()}
+            xy, sure = _followed(network, turned, images, frames, points)
+            seen = [sure[k] & inside(xy[k], i, images, region) for k, i in enumerate(frames)]
+            yield _tracked(len(images), frames, xy, seen)
 
 
 def _followed(
-    network: VGGT, cached: dict[int, Tensor], images: ImageSet, query: int, points: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Source pixels [S, M, 2] and certainty [S, M] bool of network pixels [M, 2] of a frame."""
-    # The tracker follows from the frame that comes first, whichever that is.
-    order = torch.tensor([query, *(i for i in range(len(images)) if i != query)])
+    network: VGGT, cached: dict[int, Tensor], images: ImageSet, frames: list[int], points: Tensor
+) -> tuple[Array, Array]:
+    """Source pixels [F, M, 2] and certainty [F, M] bool of network pixels [M, 2] of the first."""
     with torch.inference_mode(), exact_convolutions():
-        turned = {n: x[:, order.to(x.device)] for n, x in cached.items()}
         asked = points[None].to(images.pixels).to(next(network.parameters()).device)
-        found = network.track(turned, images.size, asked)
-    back = order.argsort()
-    xy = found.xy[-1, 0].cpu().double()[back] + 0.5
-    sure = ((found.visibility[0] > SURE) & (found.confidence[0] > SURE)).cpu()[back]
-    scale = images.source_from_network.diagonal(dim1=1, dim2=2)[:, None, :2]
-    return xy * scale + images.source_from_network[:, None, :2, 2], sure
+        found = network.track(cached, images.size, asked)
+    sure = (found.visibility[0] > SURE) & (found.confidence[0] > SURE)
+    maps = images.source_from_network[frames]
+    xy = (found.xy[-1, 0].cpu().double() + 0.5) * maps.diagonal(dim1=1, dim2=2)[:, None, :2]
+    return (xy + maps[:, None, :2, 2]).float().numpy(), sure.cpu().numpy()
 
 
-def _tracked(xy: Tensor, sure: Tensor, images: ImageSet, region: Tensor, query: int) -> Source:
-    places = list(xy.float().numpy())
-    seen = [sure[i].numpy() & inside(places[i], i, images, region) for i in range(len(places))]
-    others = [i for i in range(len(places)) if i != query]
+def _tracked(count: int, frames: list[int], xy: Array, seen: list[Array]) -> Source:
+    """Places xy [F, M, 2] of the `frames` of `count`, each a match of the first's where `seen`."""
+    places = [np.empty((0, 2), np.float32)] * count
+    for k, frame in enumerate(frames):
+        places[frame] = xy[k]
+    first, others = frames[0], frames[1:]
 
     def matches() -> Iterator[tuple[Pair, Array]]:
-        for other in others:
-            rows = np.flatnonzero(seen[other])
-            yield (min(query, other), max(query, other)), np.stack([rows, rows], 1)
+        for k, other in enumerate(others, 1):
+            rows = np.flatnonzero(seen[k])
+            yield (min(first, other), max(first, other)), np.stack([rows, rows], 1)
 
     return Source("tracker", places, len(others), matches())

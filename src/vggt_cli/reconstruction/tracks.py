@@ -105,15 +105,16 @@ def follow(
     features = [_kept(f, i, images, region) for i, f in enumerate(detected)]
     looks = torch.zeros(len(photos), len(photos))
     if len(photos) > EXHAUSTIVE:
-        looks = alike([torch.from_numpy(f.vectors) for f in features])
+        vectors = [torch.from_numpy(f.vectors) for f in features]
+        looks = alike(vectors, partial(progress, "compare photos"))
     pairs = choose(guess.covisible, looks)
     test = partial(_verified, guess=guess, progress=partial(progress, "match features"))
     found = [test(by_likeness("sift", features, pairs))]
     weak = _weak(found)
     if weak and network is not None and has_tracker(network, images):
         spread = np.linspace(0, len(weak) - 1, min(len(weak), QUERIES)).round().astype(int)
-        queries = [weak[k] for k in spread]
-        found += [test(source) for source in by_tracker(network, images, region, queries)]
+        asked = {weak[k]: [i + j - weak[k] for i, j in pairs if weak[k] in (i, j)] for k in spread}
+        found += [test(source) for source in by_tracker(network, images, region, asked)]
         weak = _weak(found)
     few = [pair for pair in pairs if set(pair) & set(weak)]
     if learned := _learned(photos, few, cache):
