@@ -46,7 +46,8 @@ def errors(tracks: Tracks, cameras: Cameras) -> Tensor:
     """[K] pixels from each observation to its triangulated point; inf behind the camera."""
     at = Tracks(triangulated(tracks, cameras), tracks.point, tracks.frame, tracks.xy)
     xy, z = project_tracks(at, cameras)
-    return (xy - tracks.xy).norm(dim=-1).where(z > 0, torch.inf)
+    found: Tensor = (xy - tracks.xy).norm(dim=-1).where(z > 0, torch.inf)
+    return found
 
 
 def measure(scene: Path) -> dict[str, object]:

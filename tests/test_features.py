@@ -26,7 +26,8 @@ def blobs(size: tuple[int, int], centers: list[tuple[float, float]], width: floa
     spots = [
         np.exp(-((x - cx) ** 2 + (y[:, None] - cy) ** 2) / (2 * width**2)) for cx, cy in centers
     ]
-    return (255 * np.clip(sum(spots), 0, 1)).astype(np.uint8)
+    gray: Array = (255 * np.clip(np.sum(spots, axis=0), 0, 1)).astype(np.uint8)
+    return gray
 
 
 def photo(path: Path, gray: Array, orientation: int = 1) -> Photo:
@@ -222,7 +223,7 @@ def test_learned_features_follow_a_shifted_photo(
     left = photo(tmp_path / "a.png", whole)
     right = photo(tmp_path / "b.png", np.ascontiguousarray(whole[:, 32:]))
     first, second = (detect.xfeat(p, tmp_path / "cache") for p in (left, right))
-    there = first.xy[first.xy[:, 0] > 48] - np.float32([32, 0])
+    there = first.xy[first.xy[:, 0] > 48] - np.array([32, 0], np.float32)
     assert len(there) > 100
     assert np.median([nearest(second, xy) for xy in there]) == 0
     assert capsys.readouterr().out == ""

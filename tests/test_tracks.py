@@ -6,6 +6,7 @@ from typing import cast
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -17,12 +18,14 @@ from vggt_cli.formats import images as files
 from vggt_cli.formats.features import NOTHING, Features, TwoView
 from vggt_cli.geometry import project, unproject
 from vggt_cli.learning import synthetic
+from vggt_cli.models import networks
 from vggt_cli.models.networks import Network
 from vggt_cli.models.tracker import Followed
 from vggt_cli.models.vggt import VGGT
 from vggt_cli.reconstruction import detect
 from vggt_cli.reconstruction import tracks as followed
 from vggt_cli.reconstruction.pairs import Guess, guess_from_tracks
+from vggt_cli.reconstruction.sources import by_tracker, clear
 from vggt_cli.reconstruction.tracks import FeatureTracks, follow
 from vggt_cli.scene import Cameras, ImageSet, Photo, Shaping, Tracks
 
@@ -207,6 +210,18 @@ def test_the_networks_tracker_is_asked_where_sift_finds_too_little(
     distance = distances(found.tracks, scene.truth)
     assert distance.median() < 1  # the truth is that of the pixel's centre
     assert (distance < 3).float().mean() > 0.9
+
+
+def test_a_point_that_a_network_follows_is_where_it_was_asked_in_its_own_frame(
+    scene: Rendered,
+) -> None:
+    network = networks.build(tiny.CONFIGS["vggt-1b"]).eval()
+    (source,) = by_tracker(network, scene.images, clear(scene.images), {1: [0, 2]})
+    pixel = np.array([W / 224, H / 168])
+    np.testing.assert_allclose(source.xy[1][0], 8.5 * pixel, rtol=1e-5)
+    np.testing.assert_allclose(source.xy[1][1], [24.5, 8.5] * pixel, rtol=1e-5)
+    assert [len(xy) for xy in source.xy] == [14 * 10] * 3
+    assert [pair for pair, _ in source.matches] == [(0, 1), (1, 2)]
 
 
 def test_learned_features_are_asked_last_and_their_absence_is_said(

@@ -50,8 +50,9 @@ def inside(xy: Array, frame: int, images: ImageSet, region: Tensor) -> Array:
     shift = images.source_from_network[frame, :2, 2].numpy()
     column, row = np.floor((xy - shift) / scale).astype(np.int64).T
     there = (column >= 0) & (row >= 0) & (column < W) & (row < H)
-    kept: Array = region[frame].numpy()[np.where(there, row, 0), np.where(there, column, 0)]
-    return kept & there
+    kept = region[frame].numpy()[np.where(there, row, 0), np.where(there, column, 0)]
+    both: Array = kept & there
+    return both
 
 
 def by_likeness(

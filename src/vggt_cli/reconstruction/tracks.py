@@ -210,11 +210,13 @@ def _gathered(names: Sequence[str], found: Sequence[_Verified]) -> FeatureTracks
         count(tracks.frame.numpy()),
         count(np.array(list(shared), np.int64).ravel()),
     ]
-    rows_of_images = zip(names, *(column.tolist() for column in columns), sources, strict=True)
     pairs = sorted(shared)
     return FeatureTracks(
         tracks,
-        tuple(ImageRow(*row, tuple(of)) for *row, of in rows_of_images),
+        tuple(
+            ImageRow(name, *(int(column[i]) for column in columns), sources=tuple(sources[i]))
+            for i, name in enumerate(names)
+        ),
         torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
         torch.tensor([shared[pair] for pair in pairs], dtype=torch.long),
     )
