@@ -3,7 +3,7 @@
     python benchmarks/tracks.py SCENE...     # folders with images/ and reference/
 
 Photos are compared by the reference's own geometry; each track is triangulated with the reference
-cameras, without choosing. One JSON line a scene.
+cameras and their distortion, without choosing. One JSON line a scene.
 """
 
 import json
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vggt_cli.formats import colmap_read
 from vggt_cli.formats import images as files
+from vggt_cli.formats.colmap import Model, pycolmap
 from vggt_cli.geometry import project_tracks
 from vggt_cli.reconstruction.pairs import guess_from_tracks
 from vggt_cli.reconstruction.tracks import FeatureTracks, follow
@@ -50,6 +51,18 @@ def errors(tracks: Tracks, cameras: Cameras) -> Tensor:
     return found
 
 
+def undistorted(tracks: Tracks, model: Model) -> Tracks:
+    """The tracks as cameras without the model's distortion would see them."""
+    xy = tracks.xy.double()
+    for i, lens in enumerate(model.lenses):
+        h, w = lens.size
+        camera = pycolmap().Camera(model=lens.model, width=w, height=h, params=lens.parameters)
+        of, k = tracks.frame == i, model.cameras.intrinsics[i].double()
+        straight = torch.from_numpy(camera.cam_from_img(xy[of].numpy()))
+        xy[of] = straight * k.diagonal()[:2] + k[:2, 2]
+    return Tracks(tracks.xyz, tracks.point, tracks.frame, xy)
+
+
 def measure(scene: Path) -> dict[str, object]:
     """The figures of one scene."""
     model = colmap_read.read(scene / "reference")
@@ -57,7 +70,7 @@ def measure(scene: Path) -> dict[str, object]:
     guess = guess_from_tracks(model.cameras, model.tracks)
     wall, cpu = time.perf_counter(), time.process_time()
     found: FeatureTracks = follow(loaded.photos, loaded.images, guess)
-    error = errors(found.tracks, model.cameras)
+    error = errors(undistorted(found.tracks, model), model.cameras)
     return {
         "scene": scene.name,
         "photos": len(model.names),

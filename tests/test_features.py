@@ -42,7 +42,8 @@ def photo(path: Path, gray: Array, orientation: int = 1) -> Photo:
 def texture(seed: int, size: tuple[int, int] = (160, 192)) -> Array:
     """[h, w] uint8 smooth noise, full of features."""
     noise = gaussian_filter(np.random.default_rng(seed).normal(size=size), 2)
-    return ((noise - noise.min()) / np.ptp(noise) * 255).astype(np.uint8)
+    gray: Array = ((noise - noise.min()) / np.ptp(noise) * 255).astype(np.uint8)
+    return gray
 
 
 def nearest(features: third.Features, place: tuple[float, float]) -> float:

@@ -203,23 +203,28 @@ def _gathered(names: Sequence[str], found: Sequence[_Verified]) -> FeatureTracks
     ends = np.concatenate(edges)
     tracks = _tracks(xy, frame, ends, np.concatenate(weights))
     count = partial(np.bincount, minlength=len(names))
-    columns = [
-        count(frame),
-        count(frame[matched]),
-        count(frame[np.unique(ends)]),
-        count(tracks.frame.numpy()),
-        count(np.array(list(shared), np.int64).ravel()),
-    ]
+    counts = np.stack(
+        [
+            count(frame),
+            count(frame[matched]),
+            count(frame[np.unique(ends)]),
+            count(tracks.frame.numpy()),
+            count(np.array(list(shared), np.int64).ravel()),
+        ],
+        axis=1,
+    ).tolist()
     pairs = sorted(shared)
     return FeatureTracks(
         tracks,
-        tuple(
-            ImageRow(name, *(int(column[i]) for column in columns), sources=tuple(sources[i]))
-            for i, name in enumerate(names)
-        ),
+        tuple(map(_row, names, counts, sources)),
         torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
         torch.tensor([shared[pair] for pair in pairs], dtype=torch.long),
     )
+
+
+def _row(name: str, counts: Sequence[int], sources: Sequence[str]) -> ImageRow:
+    keypoints, matched, verified, tracks, partners = counts
+    return ImageRow(name, keypoints, matched, verified, tracks, partners, tuple(sources))
 
 
 def _places(sources: Sequence[list[Array]]) -> tuple[Array, Array, list[list[Array]]]:
