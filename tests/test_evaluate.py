@@ -21,6 +21,7 @@ from vggt_cli.learning.metrics import relative_pose_errors
 from vggt_cli.learning.stream import FIRST_SEED
 from vggt_cli.models.layers import Outputs
 from vggt_cli.models.networks import Network
+from vggt_cli.reconstruction.matches import match
 from vggt_cli.scene import Shaping
 
 HELDOUT = Path(__file__).parents[1] / "weights/heldout.json"
@@ -164,13 +165,13 @@ def test_a_photo_that_does_not_fit_its_camera_is_named(tmp_path: Path) -> None:
 def test_matches_are_mutual_and_clearer_than_the_second() -> None:
     turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
     first, second = turn[:5], turn[[4, 0, 2]]
-    rows, partners = sift.match(first, second)
+    rows, partners = match(first, second)
     assert list(zip(rows.tolist(), partners.tolist(), strict=True)) == [(0, 1), (2, 2), (4, 0)]
     apart = torch.cat([second + 0.2 * turn[5], second[:1] + 0.2 * turn[6]])
-    assert sift.match(first, apart)[0].tolist() == [0, 2]  # row 4 has two partners as near
+    assert match(first, apart)[0].tolist() == [0, 2]  # row 4 has two partners as near
     both = torch.cat([first, first[:1] + 0.5 * turn[7]])  # 5 wants row 1, which wants 0
-    assert sift.match(both, second)[0].tolist() == [0, 2, 4]
-    assert len(sift.match(first, second[:0])[0]) == len(sift.match(first[:0], second)[0]) == 0
+    assert match(both, second)[0].tolist() == [0, 2, 4]
+    assert len(match(first, second[:0])[0]) == len(match(first[:0], second)[0]) == 0
 
 
 @pytest.mark.colmap

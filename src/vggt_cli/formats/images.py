@@ -197,6 +197,25 @@ def window(
     return rgba[:3].float() / 255, rgba[3] >= 128
 
 
+def gray(path: Path, longest: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """[h, w] uint8 luma of the upright photo, over white; its longer side at most `longest`.
+
+    Raises InputError if the file cannot be read.
+    """
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(_eight_bit(image))
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
+    if upright.mode == "RGBA":
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+    luma = upright.convert("L")
+    scale = min(1.0, longest / max(luma.size))
+    w, h = (max(1, round(n * scale)) for n in luma.size)
+    return np.asarray(luma if scale == 1 else luma.resize((w, h), Image.Resampling.BICUBIC))
+
+
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) once EXIF rotation is applied; Pillow's TIFF size has it applied."""
     on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)

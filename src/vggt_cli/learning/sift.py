@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vggt_cli.formats.colmap import Array, Lens, pycolmap
+from vggt_cli.reconstruction.matches import match
 
 FEATURES = 4096  # most in a photo, the largest first
 INLIER = 1.0  # pixels; of 1, 2 and 4 the best on rendered scenes
-RATIO = 0.8  # of the distances to the nearest and the second nearest descriptor
 TRIALS = {"confidence": 0.999, "min_num_trials": 100, "max_num_trials": 10_000}
 
 
@@ -53,23 +52,6 @@ def relative_poses(views: Sequence[View]) -> Tensor:
         if result is not None:
             poses[n] = torch.from_numpy(result["cam2_from_cam1"].matrix())
     return poses
-
-
-def match(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of descriptors [n, D] and [m, D] that are each other's nearest, clearly so in `first`.
-
-    Source: Lowe, IJCV 2004, section 7.1 (ratio to the second nearest).
-    """
-    if not len(first) or len(second) < 2:
-        return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
-    a, b = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
-    likeness = a @ b.mT
-    nearest = likeness.topk(2, dim=1)
-    distance = (2 - 2 * nearest.values).clamp(min=0).sqrt()
-    back = likeness.argmax(0)
-    rows, partner = torch.arange(len(a)), nearest.indices[:, 0]
-    kept = (back[partner] == rows) & (distance[:, 0] < RATIO * distance[:, 1])
-    return rows[kept], partner[kept]
 
 
 def _camera(module: Any, view: View) -> Any:
