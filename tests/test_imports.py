@@ -22,6 +22,7 @@ LAYER = {
     "terminal": 5,
     "cli_weights": 5,
     "cli_learning": 6,
+    "cli_scenes": 6,
     "cli": 7,
     "__main__": 8,
 }
@@ -61,6 +62,7 @@ BESIDE = {
         "losses_vggt": {"losses", "labels"},
         "metrics": set(),
         "sift": set(),
+        "compare": {"metrics"},
         "objectives": {"losses", "losses_vggt", "labels"},
         "stream": {"synthetic", "datasets", "losses", "labels", "objectives"},
         "journal": {"synthetic", "evaluate"},

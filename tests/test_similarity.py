@@ -68,7 +68,7 @@ def test_weights_are_counts_and_no_other_similarity_fits_better() -> None:
     assert_equal(found, geometry.fit_similarity(x[repeated], y[repeated], torch.ones(9)))
 
     def cost(similarity: Similarity) -> float:
-        return float((weight.double() @ (similarity(x) - y).square().sum(-1)))
+        return float(weight.double() @ (similarity(x) - y).square().sum(-1))
 
     for seed in range(20):
         other = drawn(seed)

@@ -88,7 +88,7 @@ class Cameras:
     def __len__(self) -> int:
         return len(self.extrinsics)
 
-    def __getitem__(self, frames: slice) -> Cameras:
+    def __getitem__(self, frames: slice | list[int]) -> Cameras:
         return Cameras(self.extrinsics[frames], self.intrinsics[frames], self.image_size[frames])
 
     @property

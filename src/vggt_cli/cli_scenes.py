@@ -1,0 +1,93 @@
+"""Commands on finished scenes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vggt_cli.terminal import speak
+
+if TYPE_CHECKING:
+    from vggt_cli.learning.compare import Comparison
+
+MODEL = "Scene folder or COLMAP model (binary or text)"
+
+
+def compare(
+    model: Annotated[Path, typer.Argument(metavar="A", help=f"{MODEL}.")],
+    reference: Annotated[
+        Path, typer.Argument(metavar="B", help=f"{MODEL} to measure against: its units are used.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+) -> None:
+    """Cameras and points of model A against model B of the same photos.
+
+    Photos are paired by file name. A scene's model is that in reference/, sparse/0/ or sparse/.
+    Relative errors are of all pairs of photos; positions and points are compared after the
+    similarity (turn, shift and scale) that brings A's optical centres closest to B's.
+    """
+    speak(quiet, 0)
+    from vggt_cli.formats.colmap_read import locate, read
+    from vggt_cli.learning.compare import compare as compared
+
+    folders = locate(model), locate(reference)
+    models = [read(folder) for folder in folders]
+    found = compared(*models)
+    paths = [str(folder.resolve()) for folder in folders]
+    counts = [len(one.tracks.xyz) for one in models]
+    if as_json:
+        heads = {"model": paths[0], "reference": paths[1], "point_counts": counts}
+        typer.echo(json.dumps(heads | asdict(found), indent=1))
+        return
+    for letter, path, photos, points in zip("AB", paths, found.photos[:2], counts, strict=True):
+        typer.echo(f"{letter}: {path} ({photos} photos, {points:,} points)")
+    _print_comparison(found)
+
+
+def _print_comparison(found: Comparison) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("A against B")
+    table.add_column("", justify="right")
+    table.add_column("")
+    for row in _rows(found):
+        table.add_row(*row, end_section=row[0] in ("AUC@30", "focal length", "farthest camera"))
+    Console(width=120, highlight=False).print(table)  # a pipe has no width; cells are never cut
+
+
+def _rows(found: Comparison) -> list[tuple[str, str, str]]:
+    """Name, value and meaning of each figure."""
+    both = found.photos[2]
+    pairs = f"median of {both * (both - 1) // 2} pairs of {both} photos in both"
+    rows = [
+        ("rotation", f"{found.rotation:.3f}", f"degrees, {pairs}"),
+        ("direction", f"{found.direction:.3f}", "degrees, of the way from photo to photo; median"),
+    ]
+    share = "percent; worse of rotation and direction, 1-degree steps"
+    rows += [(f"AUC@{k}", f"{value:.1f}", share) for k, value in found.auc.items()]
+    rows.append(("focal length", f"{found.focal:.2%}", "median error"))
+    if found.centers:
+        c = found.centers
+        of_extent = f"{c.ate / c.extent:.2%} of {c.extent:.4g}, the rms extent of B's cameras"
+        rows += [
+            ("scale", f"{c.scale:.4g}", "units of B in one of A"),
+            ("ATE", f"{c.ate:.4g}", f"units of B, rms of centres; {of_extent}"),
+            ("farthest camera", f"{c.worst:.4g}", f"units of B: {c.worst_photo}"),
+        ]
+    if found.points:
+        p = found.points
+        nearest = "units of B, mean distance to the nearest; median"
+        rows += [
+            ("points, A to B", f"{p.accuracy:.4g}", f"{nearest} {p.accuracy_median:.4g}"),
+            ("points, B to A", f"{p.completeness:.4g}", f"{nearest} {p.completeness_median:.4g}"),
+            ("chamfer", f"{p.chamfer:.4g}", "units of B, mean of both means"),
+        ]
+    return rows
