@@ -118,10 +118,10 @@ def test_photos_are_evaluated_as_a_table_and_as_json(trained: Path, tmp_path: Pa
     assert done.exit_code == 0, done.output
     lines = [line.split() for line in done.stdout.splitlines()]
     head = next(words for words in lines if words[:1] == ["scene"])
-    assert head[1:6] == ["frames", "prediction", "AUC@5", "AUC@15", "AUC@30"]
+    assert head[1:7] == ["frames", "prediction", "AUC@3", "AUC@5", "AUC@15", "AUC@30"]
     printed = [words for words in lines if words[:1] == ["room"]]
     assert [words[1:3] for words in printed] == [["3", row["prediction"]] for row in rows]
-    assert printed[0][6] == f"{rows[0]['rotation']:.2f}"
+    assert printed[0][7] == f"{rows[0]['rotation']:.2f}"
     assert "true intrinsics" in done.stdout
 
 

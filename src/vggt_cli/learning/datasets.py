@@ -39,18 +39,24 @@ class PhotoScene:
     model: Model
     depths: tuple[Path | None, ...]  # [S]
     confidences: tuple[Path | None, ...]  # [S]
+    photos: str = "images"  # folder in `folder` that the names refer to
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Files in images/."""
+        """Files in `root`."""
         return self.model.names
+
+    @property
+    def root(self) -> Path:
+        """The folder of the photos."""
+        return self.folder / self.photos
 
     def path(self, frame: int) -> Path:
         """The photo of a frame."""
-        return self.folder / "images" / self.names[frame]
+        return self.root / self.names[frame]
 
     def sample(
         self, frames: Sequence[int], size: tuple[int, int], random: Generator | None = None
@@ -111,13 +117,13 @@ class PhotoScene:
             return torch.zeros(size), torch.zeros(size, dtype=torch.bool)
         xy = pixel_centers(size, source_from_pixel) @ source_from_pixel[:2, :2].mT
         xy, source_size = xy + source_from_pixel[:2, 2], self.model.cameras.image_size[frame]
-        depth = _nearest(read_map(path), xy, source_size)
+        depth = nearest(read_map(path), xy, source_size)
         sure = self.confidences[frame]
         if sure is None:
             return depth, depth > 0
         confidence = read_map(sure)
         threshold = confidence.flatten().kthvalue(1 + int(LEAST_SURE * confidence.numel())).values
-        return depth, (depth > 0) & (_nearest(confidence, xy, source_size) >= threshold)
+        return depth, (depth > 0) & (nearest(confidence, xy, source_size) >= threshold)
 
     @cached_property
     def overlap(self) -> Tensor:
@@ -190,7 +196,7 @@ def _zoomed(size: tuple[int, int], zoom: float) -> Tensor:
     return around
 
 
-def _nearest(values: Tensor, xy: Tensor, source_size: Tensor) -> Tensor:
+def nearest(values: Tensor, xy: Tensor, source_size: Tensor) -> Tensor:
     """The map [h, w] of a photo of `source_size` at its pixels `xy` [H, W, 2]; 0 outside."""
     h, w = values.shape
     x, y = (xy * (torch.tensor([w, h]) / source_size.flip(0).double())).floor().long().unbind(-1)
