@@ -69,10 +69,17 @@ def _rows(found: Comparison) -> list[tuple[str, str, str]]:
     pairs = f"median of {both * (both - 1) // 2} pairs of {both} photos in both"
     rows = [
         ("rotation", f"{found.rotation:.3f}", f"degrees, {pairs}"),
-        ("direction", f"{found.direction:.3f}", "degrees, of the way from photo to photo; median"),
+        (
+            "direction",
+            f"{found.direction:.3f}",
+            "degrees, median; of the way from one photo to another",
+        ),
     ]
-    share = "percent; worse of rotation and direction, 1-degree steps"
-    rows += [(f"AUC@{k}", f"{value:.1f}", share) for k, value in found.auc.items()]
+    for k, value in found.auc.items():
+        share = (
+            "percent of pairs within k degrees in both, mean over k" if k == min(found.auc) else ""
+        )
+        rows.append((f"AUC@{k}", f"{value:.1f}", share))
     rows.append(("focal length", f"{found.focal:.2%}", "median error"))
     if found.centers:
         c = found.centers
