@@ -163,7 +163,8 @@ def test_two_photos_have_no_area_and_cameras_at_one_place_no_distances(
     assert found.centers.ate == pytest.approx(0, abs=1e-9)
     still = model_at(torch.zeros(4, 3).double())
     found = compare(still, model_at(CENTERS))
-    assert found.centers is found.points is None
+    assert found.centers is None
+    assert found.points is None
     assert found.direction == 90
     assert "no ATE" in caplog.text
     none = model_at(CENTERS, torch.zeros(0, 3))

@@ -9,7 +9,6 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-import trimesh
 from PIL import Image
 from scipy.io import savemat
 from test_datasets import write_photos
@@ -64,7 +63,7 @@ GOLDEN = ["frame000072.jpg", "frame000068.jpg", "frame000037.jpg"]
 
 def write_co3d(root: Path) -> list[dict[str, Any]]:
     """Four sequences of apples, of which one is good, and one of balls; frames of all."""
-    frames = []
+    frames: list[dict[str, Any]] = []
     kinds = [("apple/good", 52), ("apple/vague", 60), ("apple/short", 49), ("apple/broken", 55)]
     for sequence, n in [*kinds, ("ball/good", 52)]:
         rotation, translation = poses(n)
@@ -174,18 +173,30 @@ def test_projections_of_dtu_are_taken_apart(tmp_path: Path, scale: float) -> Non
     assert_close(cameras.intrinsics, centred.expand(49, 3, 3).double(), atol=1e-6, rtol=1e-6)
 
 
+PLY = """ply
+format binary_little_endian 1.0
+element vertex {count}
+property float x
+property float y
+property float z
+end_header
+"""
+
+
 def write_surface(root: Path) -> Tensor:
     """A wall of points 1 mm apart at z = 0, of which a strip lies below the table."""
     x, y = torch.meshgrid(torch.arange(20.0), torch.arange(20.0), indexing="ij")
     wall = torch.stack([x, y, torch.zeros_like(x)], -1).reshape(-1, 3).double()
     (root / "Points/stl").mkdir(parents=True)
     (root / "ObsMask").mkdir()
-    trimesh.PointCloud(wall.numpy()).export(root / "Points/stl/stl001_total.ply")
+    header = PLY.format(count=len(wall)).encode()
+    content = wall.numpy().astype("<f4").tobytes()
+    (root / "Points/stl/stl001_total.ply").write_bytes(header + content)
     mask = np.ones((21, 21, 11), np.uint8)
     mask[:5] = 0  # x below -5 + 4.5 is not observed
     box = np.array([[-5.0, 0, -5], [15, 20, 5]])
-    content = {"ObsMask": mask, "BB": box, "Res": np.array([[1.0]])}
-    savemat(root / "ObsMask/ObsMask1_10.mat", content)
+    voxels = {"ObsMask": mask, "BB": box, "Res": np.array([[1.0]])}
+    savemat(root / "ObsMask/ObsMask1_10.mat", voxels)
     savemat(root / "ObsMask/Plane1.mat", {"P": np.array([[0.0], [1], [0], [-9.5]])})  # y > 9.5
     return wall
 

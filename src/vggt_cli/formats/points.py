@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ def read_ply(path: Path) -> Tensor:
     import trimesh
 
     try:
-        vertices = np.asarray(trimesh.load(path, process=False).vertices, np.float64)
+        loaded: Any = trimesh.load(path, process=False)
+        vertices = np.asarray(loaded.vertices, np.float64)
     except (OSError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise InputError(f"no points can be read: {path} ({error})") from error
     if not len(vertices):

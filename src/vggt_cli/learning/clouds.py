@@ -36,12 +36,12 @@ def of_pixels(
     """Figures of the points of all pixels with true depth, in units of the truth.
 
     Aligned by the similarity that brings each pixel's point closest to its true one.
-    Source: spec vggt section 13 (ETH3D point maps). None where that is not defined.
+    No figures where that is not defined. Source: spec vggt section 13 (ETH3D point maps).
     """
     if not valid.any():
         return {}
-    ours, theirs = (_world(*pair)[valid] for pair in ((prediction.depth, prediction.cameras),
-                                                      (depth, cameras)))  # fmt: skip
+    ours = _world(prediction.depth, prediction.cameras)[valid]
+    theirs = _world(depth, cameras)[valid]
     try:
         similarity = fit_similarity(ours, theirs, torch.ones(len(ours)))
     except GeometryError:
@@ -62,7 +62,7 @@ class DtuScan:
     ) -> dict[str, float]:
         """Figures of the surer pixels' points, aligned by the cameras' centres; no ICP.
 
-        None where the cameras cannot be aligned.
+        No figures where the cameras cannot be aligned.
         """
         try:
             similarity = align_cameras(prediction.cameras, cameras)
