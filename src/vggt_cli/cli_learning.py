@@ -6,6 +6,7 @@ import enum
 import json
 import math
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -251,7 +252,7 @@ NOTES = {
     "SIFT": "SIFT: two views at a time, at most 1024 pixels, true intrinsics given; a pair without "
     "a solution counts as 180 and 90 degrees.",
     "SfM": "SfM: pycolmap's SIFT and incremental mapping of all photos at full size, no intrinsics "
-    "given. registered: percent of photos; pairs with another count as 180 and 90 degrees.",
+    "given. registered: percent of photos; a pair with another counts as 180 and 90 degrees.",
 }
 OWN_FRAMES = """Frames and sequences are our own choice, the same on every machine (see
 docs/training.md); the authors' lists are not public: compare with rows made by this command, not
@@ -284,6 +285,6 @@ def _print_table(rows: Sequence[Mapping[str, float | str]], protocol: Protocol |
     there = {*columns, *(row["prediction"] for row in rows)}
     for name, note in NOTES.items():
         if name in there:
-            console.print(note)
+            console.print(textwrap.fill(note, 100))
     if protocol:
         console.print(ALL_FRAMES if protocol is Protocol.dtu else OWN_FRAMES)
