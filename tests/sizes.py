@@ -14,6 +14,7 @@ COMMANDS = {
     "cli.py",
     "cli_weights.py",
     "cli_learning.py",
+    "cli_check.py",
     "cli_scenes.py",
 }  # a command's length is its options
 

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from test_evaluate import photos
+from test_public import write_eth3d
 from typer.testing import CliRunner
 
 from vggt_cli.cli import app
+from vggt_cli.errors import InputError
+from vggt_cli.learning import synthetic
 from vggt_cli.models import weights
 
 SMALL = ("--frames", "2", "2", "--batch-frames", "2", "--pixels", "64")
@@ -124,11 +127,45 @@ def test_photos_are_evaluated_as_a_table_and_as_json(trained: Path, tmp_path: Pa
     assert done.exit_code == 0, done.output
     lines = [line.split() for line in done.stdout.splitlines()]
     head = next(words for words in lines if words[:1] == ["scene"])
-    assert head[1:6] == ["frames", "prediction", "AUC@5", "AUC@15", "AUC@30"]
+    assert head[1:7] == ["frames", "prediction", "AUC@3", "AUC@5", "AUC@15", "AUC@30"]
     printed = [words for words in lines if words[:1] == ["room"]]
     assert [words[1:3] for words in printed] == [["3", row["prediction"]] for row in rows]
-    assert printed[0][6] == f"{rows[0]['rotation']:.2f}"
+    assert printed[0][7] == f"{rows[0]['rotation']:.2f}"
     assert "true intrinsics" in done.stdout
+
+
+@pytest.mark.colmap
+def test_a_public_data_set_is_a_table_that_says_whose_frames_it_has(
+    trained: Path, tmp_path: Path
+) -> None:
+    for name in ("hall", "yard"):
+        write_eth3d(synthetic.sample(5, synthetic.Path(3, (96, 128), 0.3)), tmp_path / name)
+    arguments = ["evaluate", str(tmp_path), "--protocol", "eth3d", "--model", str(trained)]
+    done = CliRunner().invoke(app, [*arguments, "--limit", "1", *ONCE])
+    assert done.exit_code == 0, done.output
+    lines = [line.split() for line in done.stdout.splitlines()]
+    head = next(words for words in lines if words[:1] == ["scene"])
+    assert head[1:4] == ["sets", "frames", "prediction"]
+    assert head[-3:] == ["accuracy", "completeness", "overall"]
+    assert [words[:4] for words in lines if words[:1] == ["hall"]] == [
+        ["hall", "1", "3", "network"],
+        ["hall", "1", "3", "constant"],
+    ]
+    assert "yard" not in done.stdout
+    assert "published tables" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--protocol", "dtu"], "--protocol dtu needs one folder"),
+        (["--method", "sfm"], "--method sfm needs photos"),
+    ],
+)
+def test_options_without_their_photos_are_refused(arguments: list[str], words: str) -> None:
+    done = CliRunner().invoke(app, ["evaluate", *arguments])
+    assert isinstance(done.exception, InputError)
+    assert words in str(done.exception)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_held_out_scenes_turn_by_25_degrees_and_are_never_trained_on() -> None:
     assert torch.stack(turns).median() >= 25
 
 
+BOTH = ("sift", "sfm")
 MOST = Shaping("balanced", 128, 16)
 
 
@@ -119,13 +120,14 @@ class Knows(nn.Module):
 def test_the_truth_about_photos_has_no_error_and_sift_comes_close(tmp_path: Path) -> None:
     large = photos(tmp_path / "room")
     network = cast(Network, Knows(large))
-    rows = evaluate_photos(network, MOST, [open_scene(tmp_path / "room")], with_sift=True)
+    rows = evaluate_photos(network, MOST, [open_scene(tmp_path / "room")], BOTH)
     assert [(r["scene"], r["frames"], r["prediction"]) for r in rows] == [
         ("room", 3, "network"),
         ("room", 3, "constant"),
         ("room", 3, "SIFT"),
+        ("room", 3, "SfM"),
     ]
-    found, constant, classical = (cast(dict[str, float], row) for row in rows)
+    found, constant, classical, mapped = (cast(dict[str, float], row) for row in rows)
     assert found["AUC@5"] == 100
     assert found["rotation"] == pytest.approx(0, abs=0.05)
     assert found["direction"] == pytest.approx(0, abs=0.05)
@@ -137,8 +139,10 @@ def test_the_truth_about_photos_has_no_error_and_sift_comes_close(tmp_path: Path
     assert classical["rotation"] < 1
     assert classical["direction"] < 10
     assert set(classical) - {"scene", "frames", "prediction"} == {
-        "AUC@5", "AUC@15", "AUC@30", "rotation", "direction"
+        "AUC@3", "AUC@5", "AUC@15", "AUC@30", "rotation", "direction"
     }  # fmt: skip
+    assert mapped["registered"] in (0, pytest.approx(200 / 3), 100)
+    assert "AbsRel" not in mapped
 
 
 def test_two_photos_have_no_area_under_a_curve_and_one_has_no_pair(tmp_path: Path) -> None:

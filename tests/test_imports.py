@@ -23,6 +23,7 @@ LAYER = {
     "cli_weights": 5,
     "cli_learning": 6,
     "cli_scenes": 6,
+    "cli_check": 6,
     "cli": 7,
     "__main__": 8,
 }
@@ -47,6 +48,7 @@ BESIDE = {
         "colmap": set(),
         "colmap_rows": set(),
         "colmap_read": {"colmap", "colmap_rows"},
+        "points": set(),
         "export": {"colmap", "images"},
         "headers": set(),
         "view_selection": {"colmap_rows"},
@@ -80,12 +82,16 @@ BESIDE = {
         "losses_vggt": {"losses", "labels"},
         "metrics": set(),
         "sift": set(),
+        "sfm": set(),
+        "compare": {"metrics"},
+        "clouds": {"metrics"},
+        "public": {"datasets", "clouds"},
         "objectives": {"losses", "losses_vggt", "labels"},
         "stream": {"synthetic", "datasets", "losses", "labels", "objectives"},
         "journal": {"synthetic", "evaluate"},
         "resume": set(),
         "train": {"stream", "journal", "resume", "losses", "objectives"},
-        "evaluate": {"synthetic", "datasets", "losses", "metrics", "sift"},
+        "evaluate": {"synthetic", "datasets", "metrics", "clouds", "public", "sift", "sfm"},
     },
 }
 MODULES = sorted(p.relative_to(SRC).with_suffix("").as_posix() for p in SRC.rglob("*.py"))

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vggt_cli import __version__, cli_learning, cli_scenes
+from vggt_cli import __version__, cli_check, cli_learning, cli_scenes
 from vggt_cli.cli_weights import app as weights_app
 from vggt_cli.errors import VggtError
 from vggt_cli.terminal import Progress, Verbosity, speak
@@ -33,7 +33,8 @@ app = typer.Typer(
 app.add_typer(weights_app, name="weights")
 app.command()(cli_learning.train)
 app.command()(cli_learning.evaluate)
-app.command()(cli_scenes.check)
+app.command()(cli_check.check)
+app.command()(cli_scenes.compare)
 
 
 class Camera(enum.StrEnum):

@@ -6,6 +6,7 @@ import enum
 import json
 import math
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +29,21 @@ class Part(enum.StrEnum):
     all_but_encoder = "all-but-encoder"
     all_but_depth_head = "all-but-depth-head"
     nothing = "nothing"
+
+
+class Protocol(enum.StrEnum):
+    """Public data sets."""
+
+    co3d = "co3d"
+    re10k = "re10k"
+    dtu = "dtu"
+    eth3d = "eth3d"
+
+
+class Method(enum.StrEnum):
+    """Baselines that take time."""
+
+    sfm = "sfm"
 
 
 def train(
@@ -152,12 +168,29 @@ def evaluate(
         typer.Argument(
             metavar="[SCENE]...",
             help="Folders with images/ and a COLMAP model of them in reference/, sparse/0/ or "
-            "sparse/; none: the held-out rendered scenes.",
+            "sparse/; none: the held-out rendered scenes. With --protocol: the data set's folder.",
         ),
     ] = None,
     model: Annotated[str, typer.Option(help="Name or file of weights.")] = "mini",
+    protocol: Annotated[
+        Protocol | None,
+        typer.Option(
+            help="The papers' protocol for CO3Dv2, RealEstate10K, DTU or ETH3D, in its own layout."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most sequences of a category (or scenes, scans) of --protocol."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     sift: Annotated[bool, typer.Option(help="Two-view SIFT, given the true intrinsics.")] = True,
+    method: Annotated[
+        list[Method] | None,
+        typer.Option(
+            help="A further row: sfm is SIFT and incremental mapping by pycolmap, on the photos "
+            "at full size, without intrinsics."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
 ) -> None:
@@ -166,56 +199,94 @@ def evaluate(
     All photos of a scene are predicted together.
     """
     speak(quiet, 0)
+    baselines = (["sift"] if sift else []) + [way.value for way in method or ()]
+    folders = scenes or []
+    if protocol and len(folders) != 1:
+        raise InputError(f"--protocol {protocol.value} needs one folder, that of the data set")
+    if method and not folders:
+        raise InputError("--method sfm needs photos", hint="give scenes: vggt evaluate SCENE...")
     from vggt_cli.device import choose, compute_dtype
     from vggt_cli.learning import evaluate as learning
+    from vggt_cli.learning import public
     from vggt_cli.learning.datasets import open_scene
     from vggt_cli.models import weights
 
-    where, opened = choose(device), [open_scene(folder) for folder in scenes or ()]
+    where = choose(device)
+    opened = [] if protocol else [open_scene(folder) for folder in folders]
     network, used = weights.load(model, where, compute_dtype(where))
-    if opened:
-        rows = learning.evaluate_photos(network, used.shaping, opened, sift)
+    if protocol:
+        trials = public.DATA_SETS[protocol.value](folders[0], limit)
+        rows = learning.evaluate_trials(network, used.shaping, trials, baselines)
+    elif opened:
+        rows = learning.evaluate_photos(network, used.shaping, opened, baselines)
     else:
-        rows = learning.evaluate(network, None, sift, used.shaping)
+        rows = learning.evaluate(network, baselines=baselines, shaping=used.shaping)
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
-        _print_table(rows)
+        _print_table(rows, protocol)
 
 
 DECIMALS = {
     "scene": 0,
+    "sets": 0,
     "frames": 0,
     "prediction": 0,
-    **{f"AUC@{k}": 1 for k in (5, 15, 30)},
+    **{f"AUC@{k}": 1 for k in (3, 5, 15, 30)},
     "rotation": 2,
     "direction": 2,
     "field of view": 2,
     "AbsRel": 3,
     "delta<1.25": 3,
+    "accuracy": 3,
+    "completeness": 3,
+    "overall": 3,
+    "registered": 0,
 }
-NOTE = """AUC: percent. rotation, direction: degrees, medians of pairs. field of view: degrees.
-AbsRel, delta: depth after aligning the medians of a set.
-constant: one camera, one depth. SIFT: two views at a time, at most 1024 pixels, true intrinsics
-given; a pair without a solution counts as 180 and 90 degrees."""
+ALWAYS = ("scene", "frames", "prediction", "rotation", "direction", "field of view")
+NOTES = {
+    "AUC@3": "AUC: percent of pairs within k degrees in rotation and direction, mean over k.",
+    "rotation": "rotation, direction: degrees, medians of pairs. field of view: degrees.",
+    "AbsRel": "AbsRel, delta: depth after aligning the medians of a set.",
+    "accuracy": "accuracy, completeness, overall: mean distances of predicted to true points, "
+    "back, and their mean; in the data set's unit.",
+    "constant": "constant: one camera, one depth.",
+    "SIFT": "SIFT: two views at a time, at most 1024 pixels, true intrinsics given; a pair without "
+    "a solution counts as 180 and 90 degrees.",
+    "SfM": "SfM: pycolmap's SIFT and incremental mapping of all photos at full size, no intrinsics "
+    "given. registered: percent of photos; a pair with another counts as 180 and 90 degrees.",
+}
+OWN_FRAMES = """Frames and sequences are our own choice, the same on every machine (see
+docs/training.md); the authors' lists are not public: compare with rows made by this command, not
+with published tables."""
+ALL_FRAMES = """All 49 views. Points are aligned by the cameras' centres; how the authors aligned
+theirs is not public: compare with rows made by this command, not with published tables."""
 
 
-def _print_table(rows: Sequence[Mapping[str, float | str]]) -> None:
+def _print_table(rows: Sequence[Mapping[str, float | str]], protocol: Protocol | None) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in DECIMALS:
+    columns = [name for name in DECIMALS if name in ALWAYS or any(name in row for row in rows)]
+    for name in columns:
         words = name in ("scene", "prediction")
         table.add_column(name, justify="left" if words else "right", no_wrap=True)
     for i, row in enumerate(rows):
         cells = [
-            f"{row[name]:.{places}f}" if isinstance(row.get(name), (int, float)) else row.get(name)
-            for name, places in DECIMALS.items()
+            f"{row[name]:.{DECIMALS[name]}f}"
+            if isinstance(row.get(name), (int, float))
+            else row.get(name)
+            for name in columns
         ]
         last = rows[i + 1 : i + 2] and rows[i + 1]["prediction"] == "network"
         table.add_row(*(str(cell or "") for cell in cells), end_section=bool(last))
-    console = Console(width=160, highlight=False)  # a pipe has none; cells are never cut
+    console = Console(width=180, highlight=False)  # a pipe has none; cells are never cut
     console.print(table)
-    console.print(NOTE)
+    there = {*columns, *(row["prediction"] for row in rows)}
+    for name, note in NOTES.items():
+        if name in there:
+            console.print(textwrap.fill(note, 100))
+    if protocol:
+        console.print(ALL_FRAMES if protocol is Protocol.dtu else OWN_FRAMES)

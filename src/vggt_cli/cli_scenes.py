@@ -2,100 +2,99 @@
 
 from __future__ import annotations
 
-import enum
 import json
-import shlex
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vggt_cli.terminal import speak
+
 if TYPE_CHECKING:
-    from vggt_cli.formats.check import Verdict
-    from vggt_cli.formats.check_files import Files
+    from vggt_cli.learning.compare import Comparison
+
+MODEL = "Scene folder or COLMAP model (binary or text)"
 
 
-class Consumer(enum.StrEnum):
-    """A program that reads COLMAP scenes."""
-
-    colmap = "colmap"
-    patch_match = "patch-match"
-    fusion = "fusion"
-    splats_3dgs = "3dgs"
-    gsplat = "gsplat"
-    nerfstudio = "nerfstudio"
-    brush = "brush"
-    openmvs = "openmvs"
-    instant_ngp = "instant-ngp"
-
-
-def check(
-    scene: Annotated[
-        Path,
-        typer.Argument(help="Folder with images/ and a COLMAP model in sparse/0/ or sparse/."),
+def compare(
+    model: Annotated[Path, typer.Argument(metavar="A", help=f"{MODEL}.")],
+    reference: Annotated[
+        Path, typer.Argument(metavar="B", help=f"{MODEL} to measure against: its units are used.")
     ],
-    consumers: Annotated[
-        list[Consumer] | None,
-        typer.Option("--for", help="Only this program; repeatable. Default: all of them."),
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
 ) -> None:
-    """What COLMAP, 3DGS, gsplat, nerfstudio, Brush, OpenMVS and instant-ngp do with a scene.
+    """Cameras and points of model A against model B of the same photos.
 
-    Each is ok, ok with the commands shown, or broken, with the file and the rule. Works on scenes
-    of this tool and on any COLMAP project, binary or text; reads, never writes. Exit code 1 if
-    any of them is broken.
+    Photos are paired by file name. A scene's model is that in reference/, sparse/0/ or sparse/.
+    Relative errors are of all pairs of photos; positions and points are compared after the
+    similarity (turn, shift and scale) that brings A's optical centres closest to B's.
     """
-    from vggt_cli.formats.check import LABELS, check
-    from vggt_cli.formats.check_files import examine
+    speak(quiet, 0)
+    from vggt_cli.formats.colmap_read import locate, read
+    from vggt_cli.learning.compare import compare as compared
 
-    files = examine(scene)
-    verdicts = check(files, [name.value for name in consumers or ()] or tuple(LABELS))
+    folders = locate(model), locate(reference)
+    models = [read(folder) for folder in folders]
+    found = compared(*models)
+    paths = [str(folder.resolve()) for folder in folders]
+    counts = [len(one.tracks.xyz) for one in models]
     if as_json:
-        typer.echo(json.dumps(_as_json(files, verdicts), indent=1))
-    else:
-        _print_verdicts(files, verdicts)
-    if any(verdict.verdict == "broken" for verdict in verdicts):
-        raise typer.Exit(1)
+        heads = {"model": paths[0], "reference": paths[1], "point_counts": counts}
+        typer.echo(json.dumps(heads | asdict(found), indent=1))
+        return
+    for letter, path, photos, points in zip("AB", paths, found.photos[:2], counts, strict=True):
+        typer.echo(f"{letter}: {path} ({photos} photos, {points:,} points)")
+    _print_comparison(found)
 
 
-def _as_json(files: Files, verdicts: list[Verdict]) -> dict[str, Any]:
-    from dataclasses import asdict
+def _print_comparison(found: Comparison) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
 
-    return {
-        "scene": str(files.folder.absolute()),
-        "model": files.inside(files.model),
-        "images": len(files.images),
-        "cameras": len(files.used),
-        "points": len(files.points.number),
-        "verdicts": [asdict(verdict) for verdict in verdicts],
-    }
-
-
-COLOURS = {"ok": "green", "ok with": "yellow", "broken": "red"}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("A against B")
+    table.add_column("", justify="right")
+    table.add_column("")
+    for row in _rows(found):
+        table.add_row(*row, end_section=row[0] in ("AUC@30", "focal length", "farthest camera"))
+    Console(width=120, highlight=False).print(table)  # a pipe has no width; cells are never cut
 
 
-def _print_verdicts(files: Files, verdicts: list[Verdict]) -> None:
-    """A line for each program, why below it; then the commands, to be copied as they are."""
-    from vggt_cli.formats.check import LABELS
-
-    kinds = ", ".join(sorted({camera.model for camera in files.used.values()})) or "none"
-    typer.echo(
-        f"{files.inside(files.model)} ({files.kind}): {len(files.images)} images, "
-        f"{len(files.points.number)} points, cameras {kinds}\n"
-    )
-    width = max(map(len, LABELS.values())) + 2
-    for verdict in verdicts:
-        typer.echo(LABELS[verdict.consumer].ljust(width), nl=False)
-        typer.secho(verdict.verdict, fg=COLOURS[verdict.verdict])
-        for found in verdict.findings:
-            level = "note: " if found.level == "note" else ""
-            typer.echo(f"{'':{width}}{level}{found} [{found.rule}]")
-    folder = str(files.folder)
-    if any(verdict.commands for verdict in verdicts):
-        typer.echo(f"\nCommands, with S={shlex.quote(folder)}")
-    short = shlex.quote(folder) == folder and folder != "."
-    for verdict in verdicts:
-        for i, command in enumerate(verdict.commands):
-            label = "" if i else LABELS[verdict.consumer]
-            typer.echo(label.ljust(width) + (command.replace(folder, "$S") if short else command))
+def _rows(found: Comparison) -> list[tuple[str, str, str]]:
+    """Name, value and meaning of each figure."""
+    both = found.photos[2]
+    pairs = f"median of {both * (both - 1) // 2} pairs of {both} photos in both"
+    rows = [
+        ("rotation", f"{found.rotation:.3f}", f"degrees, {pairs}"),
+        (
+            "direction",
+            f"{found.direction:.3f}",
+            "degrees, median; of the way from one photo to another",
+        ),
+    ]
+    for k, value in found.auc.items():
+        share = (
+            "percent of pairs within k degrees in both, mean over k" if k == min(found.auc) else ""
+        )
+        rows.append((f"AUC@{k}", f"{value:.1f}", share))
+    rows.append(("focal length", f"{found.focal:.2%}", "median error"))
+    if found.centers:
+        c = found.centers
+        of_extent = f"{c.ate / c.extent:.2%} of {c.extent:.4g}, the rms extent of B's cameras"
+        rows += [
+            ("scale", f"{c.scale:.4g}", "units of B in one of A"),
+            ("ATE", f"{c.ate:.4g}", f"units of B, rms of centres; {of_extent}"),
+            ("farthest camera", f"{c.worst:.4g}", f"units of B: {c.worst_photo}"),
+        ]
+    if found.points:
+        p = found.points
+        nearest = "units of B, mean distance to the nearest; median"
+        rows += [
+            ("points, A to B", f"{p.accuracy:.4g}", f"{nearest} {p.accuracy_median:.4g}"),
+            ("points, B to A", f"{p.completeness:.4g}", f"{nearest} {p.completeness_median:.4g}"),
+            ("chamfer", f"{p.chamfer:.4g}", "units of B, mean of both means"),
+        ]
+    return rows

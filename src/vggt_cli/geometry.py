@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vggt_cli.scene import Cameras, Prediction, Tracks
+from vggt_cli.errors import GeometryError
+from vggt_cli.scene import Cameras, Prediction, Similarity, Tracks
+
+STRAIGHT = 1e-6  # spread across a line, of that along it, below which points lie on it
 
 
 def rotation_from_quaternion(quaternion_xyzw: Tensor) -> Tensor:
@@ -174,3 +177,60 @@ def resize(cameras: Cameras, target_from_pixel: Tensor, size: Tensor) -> Cameras
     """
     intrinsics = (target_from_pixel @ cameras.intrinsics.double()).to(cameras.intrinsics)
     return Cameras(cameras.extrinsics, intrinsics, size)
+
+
+def fit_similarity(source: Tensor, target: Tensor, weight: Tensor) -> Similarity:
+    """The similarity that maps `source` onto `target` with least weighted squared error.
+
+    source, target: [N, 3] corresponding points, each in its own scene units.
+    weight: [N], >= 0. The result is float64, on the CPU: MPS has no float64.
+    Raises GeometryError if fewer than three points have weight, or they lie on a line, so that
+    the rotation about it is anyone's guess.
+    Source: Umeyama 1991, equations 40 to 42.
+    """
+    assert source.shape == target.shape == (*weight.shape, 3), (source.shape, weight.shape)
+    x, y, w = (values.detach().cpu().double() for values in (source, target, weight))
+    if (w > 0).sum() < 3:
+        raise GeometryError(f"{int((w > 0).sum())} points for a similarity, which needs three")
+    w = w / w.sum()
+    mean_x, mean_y = w @ x, w @ y
+    x, y = x - mean_x, y - mean_y
+    for points in (x, y):
+        spread = torch.linalg.svdvals(w.sqrt()[:, None] * points)
+        if spread[1] <= STRAIGHT * spread[0]:
+            raise GeometryError("points on a line do not fix a similarity")
+    u, d, vt = torch.linalg.svd(y.mT @ (w[:, None] * x))
+    sign = torch.ones(3, dtype=torch.float64)
+    sign[2] = torch.sign(torch.det(u) * torch.det(vt))  # a mirror image would fit better
+    rotation = (u * sign) @ vt
+    scale = float((d * sign).sum() / (w @ x.square().sum(-1)))
+    return Similarity(scale, rotation, mean_y - scale * rotation @ mean_x)
+
+
+def align_cameras(source: Cameras, target: Cameras) -> Similarity:
+    """The similarity of `fit_similarity` between optical centres; where they lie on a line, or
+    are two, its rotation is the mean of what the cameras' axes say.
+
+    Raises GeometryError if all centres of either coincide: nothing fixes the scale.
+    """
+    x, y = source.centers.double(), target.centers.double()
+    try:
+        return fit_similarity(x, y, torch.ones(len(x)))
+    except GeometryError:
+        turns = target.extrinsics[..., :3].mT.double() @ source.extrinsics[..., :3].double()
+        u, _, vt = torch.linalg.svd(turns.sum(0))
+        rotation = u @ torch.diag(torch.tensor([1, 1, torch.det(u @ vt)], dtype=u.dtype)) @ vt
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    x, y = (x - mean_x) @ rotation.mT, y - mean_y
+    if min(x.norm(), y.norm()) == 0 or (scale := float((x * y).sum() / x.square().sum())) <= 0:
+        raise GeometryError("cameras at one place, or in opposite order, fix no scale") from None
+    return Similarity(scale, rotation, mean_y - scale * rotation @ mean_x)
+
+
+def move(cameras: Cameras, similarity: Similarity) -> Cameras:
+    """The cameras in the world that `similarity` leads to; what they see stays the same."""
+    double = cameras.extrinsics.double()
+    rotation = double[..., :3] @ similarity.rotation.mT.double()
+    translation = similarity.scale * double[..., 3] - rotation @ similarity.translation.double()
+    moved = torch.cat([rotation, translation[..., None]], -1)
+    return Cameras(moved.to(cameras.extrinsics), cameras.intrinsics, cameras.image_size)

@@ -88,7 +88,7 @@ class Cameras:
     def __len__(self) -> int:
         return len(self.extrinsics)
 
-    def __getitem__(self, frames: slice) -> Cameras:
+    def __getitem__(self, frames: slice | list[int]) -> Cameras:
         return Cameras(self.extrinsics[frames], self.intrinsics[frames], self.image_size[frames])
 
     @property
@@ -96,6 +96,31 @@ class Cameras:
         """[S, 3] optical centres in the world."""
         rotation, translation = self.extrinsics[:, :, :3], self.extrinsics[:, :, 3:]
         return -(rotation.mT @ translation)[..., 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Similarity:
+    """A map from one world to another: x -> scale * rotation x + translation."""
+
+    scale: float  # > 0, units of the other world in one of the first
+    rotation: Tensor  # [3, 3] proper
+    translation: Tensor  # [3] units of the other world
+
+    def __call__(self, xyz: Tensor) -> Tensor:
+        """The points [..., 3] in the other world, in their own dtype."""
+        rotation, translation = self.rotation.to(xyz), self.translation.to(xyz)
+        return self.scale * xyz @ rotation.mT + translation
+
+    def __matmul__(self, first: Similarity) -> Similarity:
+        """This map after `first`."""
+        rotation = self.rotation @ first.rotation
+        return Similarity(self.scale * first.scale, rotation, self(first.translation))
+
+    @property
+    def inverse(self) -> Similarity:
+        """The way back."""
+        rotation = self.rotation.mT
+        return Similarity(1 / self.scale, rotation, -(rotation @ self.translation) / self.scale)
 
 
 @dataclass(frozen=True, eq=False)

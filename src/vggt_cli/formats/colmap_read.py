@@ -17,7 +17,19 @@ from vggt_cli.geometry import rotation_from_quaternion
 from vggt_cli.scene import Cameras, Tracks
 
 LENSES = MODELS[:11]  # those that every reader knows
+PLACES = ("reference", "sparse/0", "sparse")  # where a scene has its model
 UNDISTORT = "undistort the scene first: colmap image_undistorter"
+
+
+def locate(folder: Path) -> Path:
+    """The folder of the model of the scene in `folder`, or `folder` itself where it is one.
+
+    Raises InputError if there is none.
+    """
+    for found in (*(folder / name for name in PLACES), folder):
+        if any((found / f"cameras.{kind}").is_file() for kind in ("bin", "txt")):
+            return found
+    raise InputError(f"no COLMAP model in {', '.join(PLACES)}: {folder}")
 
 
 def read(folder: Path) -> Model:

@@ -216,6 +216,15 @@ def gray(path: Path, longest: int) -> np.ndarray[tuple[int, ...], np.dtype[np.ui
     return np.asarray(luma if scale == 1 else luma.resize((w, h), Image.Resampling.BICUBIC))
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    """(height, width) of the upright photo, from its header; InputError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return _upright_size(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
+
+
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) once EXIF rotation is applied; Pillow's TIFF size has it applied."""
     on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)

@@ -15,13 +15,12 @@ from torch import Generator, Tensor
 from vggt_cli.errors import InputError
 from vggt_cli.formats import images
 from vggt_cli.formats.colmap import Model
-from vggt_cli.formats.colmap_read import UNDISTORT, read, read_map
+from vggt_cli.formats.colmap_read import UNDISTORT, locate, read, read_map
 from vggt_cli.geometry import pixel_centers, resize
 from vggt_cli.learning.places import uniform
 from vggt_cli.learning.synthetic import Sample
 from vggt_cli.scene import Cameras
 
-MODELS = ("reference", "sparse/0", "sparse")
 DEPTHS = (
     "depth/{}.npy",
     "stereo/depth_maps/{}.geometric.bin",
@@ -40,18 +39,24 @@ class PhotoScene:
     model: Model
     depths: tuple[Path | None, ...]  # [S]
     confidences: tuple[Path | None, ...]  # [S]
+    photos: str = "images"  # folder in `folder` that the names refer to
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Files in images/."""
+        """Files in `root`."""
         return self.model.names
+
+    @property
+    def root(self) -> Path:
+        """The folder of the photos."""
+        return self.folder / self.photos
 
     def path(self, frame: int) -> Path:
         """The photo of a frame."""
-        return self.folder / "images" / self.names[frame]
+        return self.root / self.names[frame]
 
     def sample(
         self, frames: Sequence[int], size: tuple[int, int], random: Generator | None = None
@@ -112,13 +117,13 @@ class PhotoScene:
             return torch.zeros(size), torch.zeros(size, dtype=torch.bool)
         xy = pixel_centers(size, source_from_pixel) @ source_from_pixel[:2, :2].mT
         xy, source_size = xy + source_from_pixel[:2, 2], self.model.cameras.image_size[frame]
-        depth = _nearest(read_map(path), xy, source_size)
+        depth = nearest(read_map(path), xy, source_size)
         sure = self.confidences[frame]
         if sure is None:
             return depth, depth > 0
         confidence = read_map(sure)
         threshold = confidence.flatten().kthvalue(1 + int(LEAST_SURE * confidence.numel())).values
-        return depth, (depth > 0) & (_nearest(confidence, xy, source_size) >= threshold)
+        return depth, (depth > 0) & (nearest(confidence, xy, source_size) >= threshold)
 
     @cached_property
     def overlap(self) -> Tensor:
@@ -164,14 +169,11 @@ def open_scene(folder: Path) -> PhotoScene:
     .photometric.bin), of any size; photos may lack it.
     Raises InputError if there is no model, or it cannot be read, or a photo is missing.
     """
-    found = [folder / name for name in MODELS]
-    there = [f for f in found if any((f / f"cameras.{kind}").is_file() for kind in ("bin", "txt"))]
-    if not there:
-        raise InputError(f"no COLMAP model in {', '.join(MODELS)}: {folder}")
-    model = read(there[0])
+    there = locate(folder)
+    model = read(there)
     for name in model.names:
         if not (folder / "images" / name).is_file():
-            raise InputError(f"no such photo, which {there[0]} names: {folder / 'images' / name}")
+            raise InputError(f"no such photo, which {there} names: {folder / 'images' / name}")
     depths = [_first(folder, DEPTHS, name) for name in model.names]
     confidences = [
         _first(folder, ("confidence/{}.npy",), name) if depth and depth.suffix == ".npy" else None
@@ -194,7 +196,7 @@ def _zoomed(size: tuple[int, int], zoom: float) -> Tensor:
     return around
 
 
-def _nearest(values: Tensor, xy: Tensor, source_size: Tensor) -> Tensor:
+def nearest(values: Tensor, xy: Tensor, source_size: Tensor) -> Tensor:
     """The map [h, w] of a photo of `source_size` at its pixels `xy` [H, W, 2]; 0 outside."""
     h, w = values.shape
     x, y = (xy * (torch.tensor([w, h]) / source_size.flip(0).double())).floor().long().unbind(-1)

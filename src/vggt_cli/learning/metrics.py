@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from vggt_cli.geometry import compose, invert
@@ -64,3 +66,26 @@ def field_of_view_error(intrinsics: Tensor, true: Tensor, width: int) -> float:
         2 * torch.rad2deg(torch.atan(width / 2 / k[:, 0, 0].double())) for k in (intrinsics, true)
     ]
     return float((angles[0] - angles[1]).abs().mean())
+
+
+def rms(values: Tensor) -> float:
+    """Root of the mean square of [N]; of distances of aligned centres it is the ATE."""
+    return float(values.double().square().mean().sqrt())
+
+
+def extent(centers: Tensor) -> float:
+    """Root mean square distance of centres [S, 3] from their mean: how far a trajectory goes."""
+    return rms((centers.double() - centers.double().mean(0)).norm(dim=-1))
+
+
+def focal_errors(intrinsics: Tensor, true: Tensor) -> Tensor:
+    """Relative errors [S] of the focal lengths of [S, 3, 3]: geometric means of both axes."""
+    focal, wanted = (torch.diagonal(k.double(), dim1=-2, dim2=-1) for k in (intrinsics, true))
+    ratio = (focal[:, 0] * focal[:, 1] / (wanted[:, 0] * wanted[:, 1])).sqrt()
+    return (ratio - 1).abs()
+
+
+def nearest_distances(points: Tensor, others: Tensor) -> Tensor:
+    """Distance [N], float64, from each of points [N, 3] to the nearest of others [M, 3]."""
+    distance, _ = cKDTree(others.numpy()).query(points.numpy())
+    return torch.from_numpy(np.asarray(distance, np.float64))
