@@ -10,7 +10,12 @@ LINES = 350
 LINES_OF = {"models/vggt.py": 500, "models/omega.py": 500, "cli.py": 300}
 FUNCTION = 60
 LONG = {"forward", "train"}  # a network's figure and the training loop read top to bottom
-COMMANDS = {"cli.py", "cli_weights.py", "cli_learning.py"}  # a command's length is its options
+COMMANDS = {
+    "cli.py",
+    "cli_weights.py",
+    "cli_learning.py",
+    "cli_scenes.py",
+}  # a command's length is its options
 
 
 def violations() -> Iterator[str]:

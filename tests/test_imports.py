@@ -22,6 +22,7 @@ LAYER = {
     "terminal": 5,
     "cli_weights": 5,
     "cli_learning": 6,
+    "cli_scenes": 6,
     "cli": 7,
     "__main__": 8,
 }
@@ -44,7 +45,8 @@ BESIDE = {
         "images": set(),
         "colmap": set(),
         "colmap_read": {"colmap"},
-        "export": {"colmap", "images"},
+        "page": {"colmap"},
+        "export": {"colmap", "images", "page"},
     },
     "reconstruction": {"predict": set(), "fuse": set(), "pipeline": {"predict", "fuse"}},
     "learning": {

@@ -38,6 +38,7 @@ LENSES = (
     ("RADIAL_FISHEYE", 1, 2),
     ("THIN_PRISM_FISHEYE", 2, 8),
 )
+MODELS = ("reference", "sparse/0", "sparse")  # where a scene has its model
 UNDISTORT = "undistort the scene first: colmap image_undistorter"
 NO_POINT = 2**64 - 1
 OBSERVATION = np.dtype([("xy", "<f8", 2), ("point", "<u8")])
@@ -59,6 +60,17 @@ class _Points(NamedTuple):
     number: Array  # [N] uint64, ascending
     xyz: Array  # [N, 3]
     rgb: Array  # [N, 3] uint8
+
+
+def locate(folder: Path) -> Path:
+    """The folder of the model of the scene in `folder`, or `folder` itself where it is one.
+
+    Raises InputError if there is none.
+    """
+    for found in (*(folder / name for name in MODELS), folder):
+        if any((found / f"cameras.{kind}").is_file() for kind in ("bin", "txt")):
+            return found
+    raise InputError(f"no COLMAP model in {', '.join(MODELS)}: {folder}")
 
 
 def read(folder: Path) -> Model:

@@ -93,7 +93,7 @@ def _content(page: Page) -> tuple[dict[str, Any], bytes]:
     content = {
         "tool": f"vggt {__version__}",
         "names": page.names,
-        "points": len(page.xyz),
+        "points": len(xyz),
         "sure": page.confidence is not None,
         "cameras": _rounded(cameras),
         "predicted": None if predicted is None else _rounded(predicted),

@@ -15,13 +15,12 @@ from torch import Generator, Tensor
 from vggt_cli.errors import InputError
 from vggt_cli.formats import images
 from vggt_cli.formats.colmap import Model
-from vggt_cli.formats.colmap_read import UNDISTORT, read, read_map
+from vggt_cli.formats.colmap_read import UNDISTORT, locate, read, read_map
 from vggt_cli.geometry import pixel_centers, resize
 from vggt_cli.learning.places import uniform
 from vggt_cli.learning.synthetic import Sample
 from vggt_cli.scene import Cameras
 
-MODELS = ("reference", "sparse/0", "sparse")
 DEPTHS = (
     "depth/{}.npy",
     "stereo/depth_maps/{}.geometric.bin",
@@ -164,14 +163,11 @@ def open_scene(folder: Path) -> PhotoScene:
     .photometric.bin), of any size; photos may lack it.
     Raises InputError if there is no model, or it cannot be read, or a photo is missing.
     """
-    found = [folder / name for name in MODELS]
-    there = [f for f in found if any((f / f"cameras.{kind}").is_file() for kind in ("bin", "txt"))]
-    if not there:
-        raise InputError(f"no COLMAP model in {', '.join(MODELS)}: {folder}")
-    model = read(there[0])
+    there = locate(folder)
+    model = read(there)
     for name in model.names:
         if not (folder / "images" / name).is_file():
-            raise InputError(f"no such photo, which {there[0]} names: {folder / 'images' / name}")
+            raise InputError(f"no such photo, which {there} names: {folder / 'images' / name}")
     depths = [_first(folder, DEPTHS, name) for name in model.names]
     confidences = [
         _first(folder, ("confidence/{}.npy",), name) if depth and depth.suffix == ".npy" else None
