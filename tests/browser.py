@@ -55,11 +55,12 @@ class Browser:
                 return answer["result"]
 
     def _read(self) -> dict[str, Any]:
-        data = bytearray()
-        while (byte := self.answers.read(1)) != b"\0":
-            assert byte, "the browser ended"
-            data += byte
-        event: dict[str, Any] = json.loads(data)
+        data = b""
+        while not data.endswith(b"\0"):
+            waiting = self.answers.peek()
+            assert waiting, "the browser ended"
+            data += self.answers.read(waiting.find(b"\0") + 1 or len(waiting))
+        event: dict[str, Any] = json.loads(data[:-1])
         parameters = event.get("params", {})
         if event.get("method") == "Network.requestWillBeSent":
             self.requests.append(parameters["request"]["url"])
@@ -105,7 +106,7 @@ def find() -> str:
     """A Chromium on this machine; skips the test where there is none."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
     if found is None:
-        pytest.skip(f"no browser on this machine, tried {', '.join(NAMES)}")
+        pytest.skip(f"no {', '.join(NAMES)} on this machine: apt install chromium")
     return found
 
 

@@ -33,7 +33,7 @@ def scene(count: int = 2000, names: tuple[str, ...] = NAMES) -> Page:
     random = torch.Generator().manual_seed(0)
     ball = torch.nn.functional.normalize(torch.randn(count, 3, generator=random), dim=-1)
     ball[: count // 50] *= 30
-    turn = torch.linspace(-0.6, 0.6, len(names), dtype=torch.float64)
+    turn = torch.linspace(-0.2, 0.2, len(names), dtype=torch.float64)
     rotation = torch.eye(3, dtype=torch.float64).repeat(len(names), 1, 1)
     rotation[:, 0, 0] = rotation[:, 2, 2] = turn.cos()
     rotation[:, 0, 2], rotation[:, 2, 0] = turn.sin(), -turn.sin()
@@ -297,10 +297,10 @@ def test_a_large_cloud_is_drawn_and_nothing_is_fetched(
 ) -> None:
     opened(browser, scene(count), tmp_path)
     assert browser.requests == [(tmp_path / "scene.html").as_uri()]
-    assert covered(browser) > 0.1
-    colors = browser.picture().crop((300, 0, 1000, 600)).getcolors(1_000_000)
+    colors = browser.picture().crop((300, 0, 1000, 600)).getcolors(700 * 600)
     assert colors is not None
-    assert len(colors) > 1000
+    assert len(colors) > 1000  # the ball's
+    assert max(colors)[0] < 0.93 * 700 * 600  # the ground's
     assert browser.do("element('count').textContent") == f"5 photos, {count:,} points"
 
 
@@ -319,6 +319,7 @@ def test_the_page_may_fetch_nothing_and_run_no_other_script(
 
 def test_the_slider_hides_the_least_sure_points(browser: Browser, tmp_path: Path) -> None:
     opened(browser, scene(20_000), tmp_path)
+    put(browser, "points", 1)
     before = covered(browser)
     put(browser, "confidence", 90)
     assert browser.do("element('percent').textContent") == "90 %"
@@ -326,8 +327,9 @@ def test_the_slider_hides_the_least_sure_points(browser: Browser, tmp_path: Path
     assert words.startswith("5 photos, 1,9") or words.startswith("5 photos, 2,0")
     assert words.endswith(" of 20,000 points")
     assert covered(browser) < before / 2
-    put(browser, "points", 8)
-    assert covered(browser) > before / 3
+    hidden = covered(browser)
+    put(browser, "points", 3)
+    assert covered(browser) > 2 * hidden
 
 
 def test_a_model_without_confidence_has_no_slider(browser: Browser, tmp_path: Path) -> None:
@@ -344,7 +346,7 @@ def test_a_camera_tells_its_photo_and_can_be_looked_from(
     x, y = place_of(browser, "cameras", index)
     browser.mouse("Moved", x, y)
     said = browser.do("[element('label').hidden, element('label').textContent]")
-    assert said == [False, NAMES[index].replace("\udcff", "\ufffd")] or index == 4
+    assert said == [False, NAMES[index]]
     browser.click(x, y)
     assert browser.do("element('photo').value") == str(index)
     expected = browser.do(f"scene.cameras[{index}][0]")
@@ -380,7 +382,7 @@ def test_dragging_turns_and_the_view_comes_back(browser: Browser, tmp_path: Path
 def test_a_double_click_turns_about_the_point_there(browser: Browser, tmp_path: Path) -> None:
     opened(browser, scene(20_000), tmp_path)
     put(browser, "size", -2)
-    x, y = browser.do("onScreen(clipFromWorld(), ...scene.target)").__getitem__(slice(2))
+    x, y, _ = browser.do("onScreen(clipFromWorld(), ...scene.target)")
     browser.do(f"canvas.dispatchEvent(new MouseEvent('dblclick', {{clientX: {x}, clientY: {y}}}))")
     # On the near side of the ball.
     assert browser.do("eye.target")[2] < browser.do("scene.target")[2] - 0.1

@@ -266,17 +266,21 @@ function cameraAt(x, y) {
 
 /** The nearest visible point within 8 pixels of a place on the screen, or null. */
 function pointAt(x, y) {
-  const matrix = clipFromWorld();
+  const m = clipFromWorld();
+  const { clientWidth, clientHeight } = canvas;
+  const [across, down] = [(2 * x) / clientWidth - 1, 1 - (2 * y) / clientHeight];
   const rank = leastRank();
   let best = null;
   let least = Infinity;
   for (let i = 0; i < cloud.count; i++) {
-    if (cloud.colors[4 * i + 3] < rank) continue;
-    const place = cloud.positions.subarray(3 * i, 3 * i + 3);
-    const [across, down, depth] = onScreen(matrix, place[0], place[1], place[2]);
-    if (depth > 0 && depth < least && Math.hypot(across - x, down - y) < 8) {
-      [best, least] = [[...place], depth];
-    }
+    const a = cloud.positions[3 * i];
+    const b = cloud.positions[3 * i + 1];
+    const c = cloud.positions[3 * i + 2];
+    const w = m[3] * a + m[7] * b + m[11] * c + m[15];
+    const isNear =
+      Math.abs(m[0] * a + m[4] * b + m[8] * c + m[12] - across * w) < (16 / clientWidth) * w &&
+      Math.abs(m[1] * a + m[5] * b + m[9] * c + m[13] - down * w) < (16 / clientHeight) * w;
+    if (w < least && isNear && cloud.colors[4 * i + 3] >= rank) [best, least] = [[a, b, c], w];
   }
   return best;
 }
@@ -315,7 +319,7 @@ function hover(x, y) {
 }
 
 function turn(across, down) {
-  eye.yaw -= across * 0.006;
+  eye.yaw += across * 0.006;
   eye.pitch = Math.max(-1.55, Math.min(1.55, eye.pitch + down * 0.006));
   draw();
 }
@@ -375,10 +379,10 @@ function listenToPointers() {
 
 function listenToKeys() {
   const acts = {
-    ArrowLeft: () => turn(20, 0),
-    ArrowRight: () => turn(-20, 0),
-    ArrowUp: () => turn(0, 20),
-    ArrowDown: () => turn(0, -20),
+    ArrowLeft: () => turn(-20, 0),
+    ArrowRight: () => turn(20, 0),
+    ArrowUp: () => turn(0, -20),
+    ArrowDown: () => turn(0, 20),
     "+": () => approach(0.9),
     "-": () => approach(1 / 0.9),
   };
