@@ -236,7 +236,12 @@ def test_the_page_of_a_scene_is_opened(tmp_path: Path, monkeypatch: pytest.Monke
     folder.mkdir()
     page.write(scene(), folder / "scene.html")
     opened: list[str] = []
-    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or len(opened) == 1)
+
+    def open_once(url: str) -> bool:
+        opened.append(url)
+        return len(opened) == 1
+
+    monkeypatch.setattr("webbrowser.open", open_once)
     done = CliRunner().invoke(app, ["view", str(folder)])
     assert (done.stdout, done.stderr) == (f"{folder / 'scene.html'}\n", "")
     assert opened == [(folder / "scene.html").as_uri()]

@@ -114,8 +114,8 @@ def _contract(xyz: Array) -> Array:
 
 def _ranks(confidence: Array) -> Array:
     """[N] in 0 to 255: the share of points that are less sure."""
-    ordered = np.sort(confidence)
-    return np.searchsorted(ordered, confidence) * 255 // max(len(confidence), 1)
+    below = np.searchsorted(np.sort(confidence), confidence)
+    return np.asarray(below * 255 // max(len(confidence), 1))
 
 
 def _frusta(cameras: Cameras, center: Tensor, radius: float) -> Tensor:
