@@ -403,7 +403,7 @@ function listenToPanel() {
 }
 
 function fillPanel() {
-  element("made").textContent = `made by ${scene.tool}`;
+  element("made").textContent = `page by ${scene.tool}`;
   element("sure").hidden = !scene.sure;
   element("before").hidden = !scene.predicted;
   if (scene.predicted) element("kind").textContent = "refined cameras";
@@ -423,8 +423,9 @@ function start() {
   layers.cloud = layer(points, ["position", cloud.positions, 3], ["color", cloud.colors, 4]);
   gl.enable(gl.DEPTH_TEST);
   fillPanel();
-  // Large enough to close surfaces that fill about a third of the screen.
-  element("points").value = 1.2 * Math.sqrt((canvas.clientWidth * canvas.clientHeight) / cloud.count);
+  // Large enough to close surfaces that fill about a third of the screen, where there are enough.
+  const spacing = Math.sqrt((canvas.clientWidth * canvas.clientHeight) / cloud.count);
+  element("points").value = Math.min(3, 1.2 * spacing);
   listenToPointers();
   listenToKeys();
   listenToPanel();

@@ -152,7 +152,7 @@ def _start(frusta: Tensor, xyz: Tensor) -> dict[str, Any]:
     span = _quantile((centers - centers[first]).norm(dim=-1))
     target = centers[first] + depth * axes[first]
     direction = 0.15 * up - axes[first]  # from a little above
-    eye = target + (1.45 * depth + 0.8 * span) * direction / direction.norm()
+    eye = target + (1.45 * depth + 0.65 * span) * direction / direction.norm()
     size = min(max(0.4 * near, 0.04 * depth), 0.2 * depth)
     return {"up": _rounded(up), "target": _rounded(target), "eye": _rounded(eye), "size": size}
 
