@@ -16,7 +16,7 @@ TORCH_FITS := $(BIN)/python -c 'import importlib.metadata as m; \
 
 demo: $(VENV)/.user
 	$(BIN)/vggt reconstruct examples/motorcycle --out scene --overwrite
-	@echo "The scene is in $(CURDIR)/scene: open sparse/0 in COLMAP, points.ply in any viewer."
+	@echo "The scene is in $(CURDIR)/scene: open scene.html in a browser, sparse/0 in COLMAP."
 
 setup: $(VENV)/.dev
 

@@ -57,7 +57,7 @@ def test_the_scene_is_printed_and_nothing_else(done: tuple[Path, str, str]) -> N
     assert stdout == f"{out}\n"
     assert stderr.splitlines() == ["load images", "load weights", "predict", "fuse", "write"]
     assert {path.name for path in out.iterdir()} == {
-        "images", "sparse", "points.ply", "confidence", "report.json", "tokens.npz",
+        "images", "sparse", "points.ply", "confidence", "report.json", "scene.html", "tokens.npz",
     }  # fmt: skip
     assert [path.name for path in out.parent.iterdir()] == ["scene"]
 
@@ -95,11 +95,11 @@ def test_the_same_input_gives_the_same_scene(
     done: tuple[Path, str, str], pair: Path, tmp_path: Path
 ) -> None:
     again = vggt(
-        "reconstruct", pair, "-o", tmp_path / "s", "--model", "mini", "--points", 5000, "-q"
+        "reconstruct", pair, "-o", tmp_path / "scene", "--model", "mini", "--points", 5000, "-q"
     )
     assert again.stderr == ""
-    for name in ("sparse/0/points3D.bin", "sparse/0/images.bin", "points.ply"):
-        assert (tmp_path / "s" / name).read_bytes() == (done[0] / name).read_bytes(), name
+    for name in ("sparse/0/points3D.bin", "sparse/0/images.bin", "points.ply", "scene.html"):
+        assert (tmp_path / "scene" / name).read_bytes() == (done[0] / name).read_bytes(), name
 
 
 def test_json_is_one_object_on_stdout(pair: Path, tmp_path: Path) -> None:

@@ -71,10 +71,21 @@ def test_the_folder_holds_what_the_design_says(scene: Scene, tmp_path: Path) -> 
         *(f"sparse/0/{part}.{kind}" for part in PARTS for kind in ("bin", "txt")),
         "points.ply",
         "report.json",
+        "scene.html",
         "tokens.npz",
     }
     assert beside(tmp_path) == {"photos", "out"}
     assert not (tmp_path / "out/images").is_symlink()
+
+
+def test_the_page_shows_the_dense_cloud_and_can_be_left_out(scene: Scene, tmp_path: Path) -> None:
+    export.write(scene, tmp_path / "out")
+    page = (tmp_path / "out/scene.html").read_text(encoding="utf-8")
+    assert "<title>out</title>" in page
+    assert f'"points":{len(scene.dense)},' in page
+    assert '"names":["a_1.png","in__a_1.png","B.jpg","c.jpg"]' in page
+    export.write(scene, tmp_path / "without", html=False)
+    assert contents(tmp_path / "out") - contents(tmp_path / "without") == {"scene.html"}
 
 
 PARTS = ("cameras", "images", "points3D")

@@ -35,6 +35,7 @@ app.command()(cli_learning.train)
 app.command()(cli_learning.evaluate)
 app.command()(cli_check.check)
 app.command()(cli_scenes.compare)
+app.command()(cli_scenes.view)
 
 
 class Camera(enum.StrEnum):
@@ -106,6 +107,9 @@ def reconstruct(
     save_tokens: Annotated[
         bool, typer.Option("--save-tokens", help="Write camera and register tokens: tokens.npz.")
     ] = False,
+    no_html: Annotated[
+        bool, typer.Option("--no-html", help="Leave out scene.html, the page that shows it.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a scene at --out, once the new is whole.")
     ] = False,
@@ -131,8 +135,9 @@ def reconstruct(
     """Cameras, depth and points from photos, as a COLMAP scene.
 
     Writes OUT/sparse/0 (world-to-camera, OpenCV axes, pixels of OUT/images), OUT/points.ply,
-    OUT/confidence and OUT/report.json; prints OUT. The first image is the origin, the scale is
-    arbitrary. For Gaussian splatting give the trainer OUT as it is (gsplat: --data-factor 1).
+    OUT/confidence, OUT/report.json and OUT/scene.html (vggt view shows it); prints OUT. The first
+    image is the origin, the scale is arbitrary. For Gaussian splatting give the trainer OUT as it
+    is (gsplat: --data-factor 1).
     """
     speak(quiet, verbose)
     from vggt_cli.formats import export
@@ -159,7 +164,7 @@ def reconstruct(
     with Progress(quiet) as progress:
         scene = pipeline.reconstruct(source, options, progress)
         progress("write", 0, 0)
-        export.write(scene, out, formats, overwrite)
+        export.write(scene, out, formats, overwrite, html=not no_html)
         progress("write", 1, 1)
     if as_json:
         content = json.loads((out / "report.json").read_text(encoding="utf-8"))

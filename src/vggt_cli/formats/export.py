@@ -23,7 +23,7 @@ from PIL import Image
 
 from vggt_cli import __version__
 from vggt_cli.errors import OutputError
-from vggt_cli.formats import colmap
+from vggt_cli.formats import colmap, page
 from vggt_cli.formats.images import frame_of, upright_copy
 from vggt_cli.geometry import resize
 from vggt_cli.scene import Photo, PointCloud, Scene
@@ -54,8 +54,16 @@ def _existing_parent(folder: Path) -> Path:
     return next(p for p in folder.absolute().parents if p.exists())
 
 
-def write(scene: Scene, folder: Path, formats: Sequence[str] = (), overwrite: bool = False) -> None:
-    """The scene folder with COLMAP model, points.ply, confidence maps, report.json and `formats`.
+def write(
+    scene: Scene,
+    folder: Path,
+    formats: Sequence[str] = (),
+    overwrite: bool = False,
+    html: bool = True,
+) -> None:
+    """The scene folder: COLMAP model, points.ply, confidence maps, report.json and `formats`.
+
+    With `html` also scene.html, the page that shows it.
 
     Written to a sibling that takes the folder's name at the end; nothing is left on failure.
     Raises OutputError if the folder exists without `overwrite`, or cannot be written.
@@ -70,6 +78,8 @@ def write(scene: Scene, folder: Path, formats: Sequence[str] = (), overwrite: bo
         _write_confidence(scene, files, draft / "confidence")
         for name in formats:
             WRITERS[name](scene, model, draft)
+        if html:
+            page.write(as_page(scene, model, folder.absolute().name), draft / "scene.html")
         content = report(scene, model)
         (draft / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -154,6 +164,12 @@ def as_colmap(scene: Scene, files: Sequence[str]) -> colmap.Model:
     return colmap.Model(
         tuple(files), cameras, scene.camera_of_image, tracks, scene.cloud.rgb.numpy()
     )
+
+
+def as_page(scene: Scene, model: colmap.Model, title: str) -> page.Page:
+    """The page of a scene: its dense cloud, and the cameras under the names of their files."""
+    cloud = scene.dense
+    return page.Page(title, model.names, model.cameras, cloud.xyz, cloud.rgb, cloud.confidence)
 
 
 def write_ply(cloud: PointCloud, path: Path) -> None:
