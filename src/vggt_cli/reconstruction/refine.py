@@ -276,7 +276,7 @@ def _problem(tracks: Tracks, points: Points, rows: Tensor) -> Tracks:
 
 
 def _longest(tracks: Tracks, most: int, frames: int) -> Tracks:
-    """The tracks that are among the `most` longest of any frame: the rest costs more than it gives."""
+    """The tracks that are among the `most` longest of a frame; more cost more than they give."""
     length = torch.bincount(tracks.point, minlength=len(tracks.xyz))
     chosen = torch.zeros(len(tracks.xyz), dtype=torch.bool)
     for frame in range(frames):
@@ -305,7 +305,7 @@ def _resected(
 
 
 def _settle(fit: _Fit, start: Setup) -> _Fit:
-    """The fit in the world of `start`: frame 0 and the scale stay, unsolved poses are given ones."""
+    """The fit in the world of `start`: frame 0 and the scale stay, so do unsolved poses."""
     found, given = fit.setup.cameras, start.cameras.extrinsics
     similarity = fit_cameras(found.extrinsics[fit.solved], given[fit.solved])
     moved = similarity.cameras(found.extrinsics)
