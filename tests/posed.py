@@ -76,7 +76,9 @@ def turned(degrees: float, axes: Tensor) -> Tensor:
     """[S, 3, 3] rotations by the angle about `axes` [S, 3]."""
     x, y, z = (F.normalize(axes, dim=-1) * math.radians(degrees)).unbind(-1)
     o = torch.zeros_like(x)
-    return torch.linalg.matrix_exp(torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).view(-1, 3, 3))
+    cross = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).view(-1, 3, 3)
+    rotations: Tensor = torch.linalg.matrix_exp(cross)
+    return rotations
 
 
 def disturbed(

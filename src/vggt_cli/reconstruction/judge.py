@@ -56,7 +56,7 @@ def score(setup: Setup, held: Tracks) -> Score:
         return _score_of_matches(setup, held)
     points = triangulate(held, setup, CLOSE)
     good = points.good(held, CLOSE)
-    return Score(float(good.double().mean()), float(points.error.quantile(0.5)), len(good))
+    return Score(float(good.double().mean()), float(points.error.median()), len(good))
 
 
 def _score_of_matches(setup: Setup, held: Tracks) -> Score:
@@ -65,7 +65,7 @@ def _score_of_matches(setup: Setup, held: Tracks) -> Score:
     error = epipolar_errors(held, setup)
     in_front = (points.error < 1e4).view(-1, 2).all(-1)
     good = (error < CLOSE) & in_front & (points.angle > MIN_ANGLE)
-    return Score(float(good.double().mean()), float(error.quantile(0.5)), len(error), "matches")
+    return Score(float(good.double().mean()), float(error.median()), len(error), "matches")
 
 
 def epipolar_errors(matches: Tracks, setup: Setup) -> Tensor:

@@ -100,7 +100,8 @@ def _meeting(centre: Tensor, direction: Tensor, weight: Tensor, point: Tensor, n
     # Parallel rays meet nowhere: a trace of the identity keeps the matrix invertible.
     trace = torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1)
     ridge = torch.where(trace > 0, trace * 1e-13, 1.0)[:, None, None] * torch.eye(3).to(centre)
-    return torch.linalg.solve(matrix + ridge, vector)
+    meeting: Tensor = torch.linalg.solve(matrix + ridge, vector)
+    return meeting
 
 
 def _pairs(tracks: Tracks, seed: int) -> list[tuple[Tensor, Tensor]]:
