@@ -4,7 +4,7 @@ import pytest
 import torch
 from posed import arc, disturbed, generator, noisy, tracks_of, turned
 
-from vggt_cli.geometry import project_tracks
+from vggt_cli.geometry import keep_points, project_tracks
 from vggt_cli.reconstruction.align import Similarity, centers, fit_cameras, hold_first
 from vggt_cli.reconstruction.depth import DepthFit, fit, follow
 from vggt_cli.reconstruction.judge import Score, epipolar_errors, hold_out, objection, score
@@ -118,6 +118,16 @@ def test_a_tenth_of_the_tracks_with_three_views_is_held_out_whole() -> None:
     again, other = hold_out(tracks, seed=3)[0], hold_out(tracks, seed=4)[0]
     assert torch.equal(held.xy, again.xy)
     assert not torch.equal(held.xyz, other.xyz)
+
+
+def test_matches_are_held_out_where_next_to_no_track_has_three_views() -> None:
+    tracks = tracks_of(arc(3), 300)
+    lengths = torch.bincount(tracks.point)
+    few = (lengths == 2) | ((lengths >= 3).cumsum(0) <= 5)
+    held, rest = hold_out(keep_points(tracks, few), seed=0)
+    assert len(held.point) == 2 * len(held.xyz) > 0
+    assert int((torch.bincount(rest.point) >= 3).sum()) == 5
+    assert score(setup_of(arc(3)), held).by == "matches"
 
 
 def test_true_cameras_score_full_marks_and_disturbed_ones_few() -> None:

@@ -165,6 +165,8 @@ def test_a_hopeless_prediction_is_replaced_by_structure_from_motion(
     refined = refine(disturbed(true, 100, 1.0), tracks, [0] * 6, AUTO)
     assert worst_pair(refined.cameras, true) < 0.3, refined.verdict.words
     assert torch.equal(refined.cameras.extrinsics[0], torch.eye(3, 4).double())
+    again = refine(disturbed(true, 100, 1.0), tracks, [0] * 6, AUTO)
+    assert torch.equal(again.cameras.extrinsics, refined.cameras.extrinsics)
 
 
 def test_structure_from_motion_leaves_an_image_without_tracks_where_it_was(

@@ -13,6 +13,7 @@ from vggt_cli.reconstruction.triangulate import MIN_ANGLE, pixel_scale, triangul
 from vggt_cli.scene import Setup, Tracks
 
 HELD_OUT = 0.1  # of the tracks
+MANY = 50  # tracks of three views: enough to judge by, however many matches there are
 CLOSE = 2.0  # pixels at 1024: an error below it counts
 FOCAL_RANGE = (0.5, 2.0)  # of the predicted focal length, where EXIF does not agree
 EXIF_AGREES = 0.15  # of the focal length from EXIF
@@ -37,10 +38,11 @@ class Score:
 def hold_out(tracks: Tracks, seed: int) -> tuple[Tracks, Tracks]:
     """A tenth of the tracks with three or more views, and the rest of all tracks.
 
-    Where no track has three views, as of two photos, a tenth of those with two.
+    Where next to none has three, as of two photos, a tenth of those with two.
     """
     length = torch.bincount(tracks.point, minlength=len(tracks.xyz))
-    enough = length >= (3 if bool((length >= 3).any()) else 2)
+    long, short = length >= 3, length == 2
+    enough = long if int(long.sum()) >= min(MANY, int(short.sum())) else short
     eligible = enough.nonzero()[:, 0]
     random = torch.Generator().manual_seed(seed)
     count = -(-len(eligible) // round(1 / HELD_OUT))
@@ -111,6 +113,8 @@ def objection(setup: Setup, predicted: Setup, exif: Tensor | None = None) -> str
     ):
         return "a camera is not finite"
     focal = setup.cameras.intrinsics[:, 0, 0]
+    if not (focal > 0).all():
+        return "a focal length is not positive"
     ratio = focal / predicted.cameras.intrinsics[:, 0, 0]
     wrong = (ratio < FOCAL_RANGE[0]) | (ratio > FOCAL_RANGE[1])
     if exif is not None:
