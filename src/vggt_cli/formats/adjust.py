@@ -135,7 +135,8 @@ def two_photos(setup: Setup, tracks: Tracks, seed: int) -> Setup:
     """
     with _errors("two-view geometry"):
         module = pycolmap()
-        first, second = _matched(tracks, 0, 1)
+        rows = (np.flatnonzero(tracks.frame.numpy() == i) for i in (0, 1))
+        first, second = _matched(tracks, *rows)
         geometry = _verify(module, setup, tracks, (0, 1), (first, second), seed)
         if geometry.cam2_from_cam1 is None or len(geometry.inlier_matches) < MIN_MATCHES:
             raise GeometryError(f"{len(first)} matches of two photos agree on no relative pose")
@@ -227,10 +228,9 @@ def _read_back(model: Any, setup: Setup, frames: list[int]) -> Setup:
     return _with(setup, extrinsics, intrinsics, radial)
 
 
-def _matched(tracks: Tracks, i: int, j: int) -> tuple[Array, Array]:
-    """Rows of the observations of the points that frames i and j both see."""
-    frame, point = tracks.frame.numpy(), tracks.point.numpy()
-    rows_i, rows_j = np.flatnonzero(frame == i), np.flatnonzero(frame == j)
+def _matched(tracks: Tracks, rows_i: Array, rows_j: Array) -> tuple[Array, Array]:
+    """Of the observations in two frames those of the points that both see."""
+    point = tracks.point.numpy()
     _, a, b = np.intersect1d(point[rows_i], point[rows_j], return_indices=True)
     return rows_i[a], rows_j[b]
 
@@ -258,16 +258,16 @@ def _write_database(module: Any, path: Path, setup: Setup, tracks: Tracks, seed:
     frame = tracks.frame.numpy()
     xy = _square(tracks.xy.double(), _aspect(setup)[tracks.frame.long()]).float().numpy()
     index = np.empty(len(frame), np.uint32)
-    frames, pairs = sorted(set(frame.tolist())), 0
+    frames, pairs, rows = sorted(set(frame.tolist())), 0, dict[int, Array]()
     with module.Database.open(path) as database:
         for i in frames:
             _write_image(module, database, setup, i)
-            rows = np.flatnonzero(frame == i)
-            index[rows] = np.arange(len(rows))
-            database.write_keypoints(i + 1, xy[rows])
+            rows[i] = np.flatnonzero(frame == i)
+            index[rows[i]] = np.arange(len(rows[i]))
+            database.write_keypoints(i + 1, xy[rows[i]])
         for n, i in enumerate(frames):
             for j in frames[n + 1 :]:
-                shared = _matched(tracks, i, j)
+                shared = _matched(tracks, rows[i], rows[j])
                 if len(shared[0]) < MIN_MATCHES:
                     continue
                 geometry = _verify(module, setup, tracks, (i, j), shared, seed)
