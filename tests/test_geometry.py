@@ -140,3 +140,30 @@ def test_golden_pose_encodings_of_vggt(shared: Path) -> None:
     shifted[:, :2, 2] += 0.5
     points = geometry.unproject(golden["P.depth"], shifted, golden["P.extrinsics"][0, :2])
     assert_close(points, golden["P.world_points"], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("radial", [-0.2, 0.0, 0.3])
+def test_undistorting_distorted_pixels_gives_them_back(radial: float) -> None:
+    intrinsics, _ = random_cameras(3, size=(40, 60))
+    xy = geometry.pixel_centers((40, 60), intrinsics).expand(3, 40, 60, 2)
+    k, term = intrinsics[:, None, None], torch.full((3, 1, 1), radial).to(intrinsics)
+    bent = geometry.distort(xy, k, term)
+    inside = bent.isfinite().all(-1)
+    assert float(inside.double().mean()) > 0.5
+    assert_close(geometry.undistort(bent, k, term)[inside], xy[inside], atol=1e-5, rtol=0)
+
+
+def test_a_pixel_is_distorted_by_the_square_of_its_radius() -> None:
+    intrinsics = torch.tensor([[100.0, 0, 50], [0, 100, 40], [0, 0, 1]]).double()
+    xy = torch.tensor([150.0, 40.0]).double()  # r = 1: a tenth outwards
+    moved = geometry.distort(xy, intrinsics, torch.tensor(0.1).double())
+    assert_close(moved, torch.tensor([160.0, 40.0]).double())
+
+
+def test_pixels_beyond_the_turning_point_of_the_lens_are_no_numbers() -> None:
+    """r - 0.5 r^3 grows no more from r = 0.82 on, and never reaches 0.6."""
+    intrinsics = torch.eye(3, dtype=torch.float64)
+    term = torch.tensor(-0.5).double()
+    assert geometry.distort(torch.tensor([0.9, 0.0]).double(), intrinsics, term).isnan().all()
+    assert geometry.undistort(torch.tensor([0.6, 0.0]).double(), intrinsics, term).isnan().all()
+    assert geometry.undistort(torch.tensor([0.5, 0.0]).double(), intrinsics, term).isfinite().all()

@@ -58,6 +58,7 @@ BESIDE = {
         "check_rules": {"check_faults", "check_files"},
         "check": {"check_files", "check_rules"},
         "features": {"colmap"},
+        "adjust": {"colmap"},
     },
     "reconstruction": {
         "predict": set(),
@@ -68,6 +69,12 @@ BESIDE = {
         "detect": set(),
         "sources": {"matches"},
         "tracks": {"detect", "matches", "pairs", "sources"},
+        "align": set(),
+        "triangulate": set(),
+        "depth": set(),
+        "judge": {"align", "triangulate"},
+        "bundle": {"align", "triangulate", "judge"},
+        "refine": {"triangulate", "judge", "bundle"},
     },
     "learning": {
         "textures": set(),

@@ -129,6 +129,39 @@ def project_tracks(tracks: Tracks, cameras: Cameras) -> tuple[Tensor, Tensor]:
     return xy[:, 0, 0], z[:, 0, 0]
 
 
+def keep_points(tracks: Tracks, kept: Tensor) -> Tracks:
+    """The tracks of the points `kept` [N] bool, renumbered."""
+    number = kept.cumsum(0) - 1
+    rows = kept[tracks.point]
+    return Tracks(tracks.xyz[kept], number[tracks.point[rows]], tracks.frame[rows], tracks.xy[rows])
+
+
+def distort(xy: Tensor, intrinsics: Tensor, radial: Tensor) -> Tensor:
+    """Pixels [..., 2] of the photo of pinhole pixels `xy` [..., 2]; NaN where the lens ends.
+
+    radial: [...] the coefficient k of COLMAP's SIMPLE_RADIAL, x (1 + k r^2) with x and r in
+    units of the focal length. It cannot hold where pixels no longer move outwards with the ray.
+    """
+    focal, center = torch.diagonal(intrinsics, dim1=-2, dim2=-1)[..., :2], intrinsics[..., :2, 2]
+    x = (xy - center) / focal
+    bent = radial * x.square().sum(-1)
+    x = torch.where((1 + 3 * bent > 0)[..., None], x * (1 + bent[..., None]), torch.nan)
+    return x * focal + center
+
+
+def undistort(xy: Tensor, intrinsics: Tensor, radial: Tensor) -> Tensor:
+    """Pinhole pixels [..., 2] of pixels `xy` [..., 2] of the photo; the inverse of `distort`."""
+    focal, center = torch.diagonal(intrinsics, dim1=-2, dim2=-1)[..., :2], intrinsics[..., :2, 2]
+    x = (xy - center) / focal
+    seen = x.norm(dim=-1)
+    r = seen.clone()
+    for _ in range(20):  # Newton's steps from here stay on one side of the root
+        r = r - (r * (1 + radial * r * r) - seen) / (1 + 3 * radial * r * r).clamp(min=1e-9)
+    found = (r * (1 + radial * r * r) - seen).abs() <= 1e-9 * (1 + seen)
+    x = torch.where(found[..., None], x / (1 + radial * r * r)[..., None], torch.nan)
+    return x * focal + center
+
+
 def share_intrinsics(cameras: Cameras, group: list[int]) -> Cameras:
     """The cameras with the median intrinsics of their group; frame i belongs to group[i]."""
     shared = cameras.intrinsics.clone()

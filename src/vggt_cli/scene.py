@@ -124,6 +124,18 @@ class Similarity:
 
 
 @dataclass(frozen=True, eq=False)
+class Setup:
+    """Cameras of the upright photos with what refinement knows besides: their lenses."""
+
+    cameras: Cameras  # float64, pixels of the upright source images
+    radial: Tensor  # [S] float64 term of each lens, see `geometry.distort`; 0: pinhole
+    group: tuple[int, ...]  # [S] frames with equal numbers share a lens
+
+    def __post_init__(self) -> None:
+        assert len(self.cameras) == len(self.radial) == len(self.group), len(self.group)
+
+
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """What a network says about an ImageSet; cameras in network pixels."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggt_cli.errors import GeometryError
-from vggt_cli.geometry import project, unproject
+from vggt_cli.geometry import keep_points, project, unproject
 from vggt_cli.scene import ImageSet, PointCloud, Prediction, Tracks
 
 log = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ def _observe(
         kept = for_it > 0
     log.debug("points that other frames look through, dropped: %d of %d", int((~kept).sum()), n)
     cloud = _select(replace(seeds.cloud, xyz=xyz), kept)
-    return replace(cloud, observations=_of_points(tracks, kept))
+    return replace(cloud, observations=keep_points(tracks, kept))
 
 
 def _with_own_pixels(seen: _Sighting, seeds: _Seeds, frame: int) -> tuple[Tensor, Tensor]:
@@ -291,10 +291,3 @@ def _tracks(
         places.append((center[agrees].double() * scale + shift).float())
     order = torch.cat(points).argsort(stable=True)
     return Tracks(xyz, torch.cat(points)[order], torch.cat(frames)[order], torch.cat(places)[order])
-
-
-def _of_points(tracks: Tracks, kept: Tensor) -> Tracks:
-    """The tracks of the points `kept` [N] bool, renumbered."""
-    number = kept.cumsum(0) - 1
-    rows = kept[tracks.point]
-    return Tracks(tracks.xyz[kept], number[tracks.point[rows]], tracks.frame[rows], tracks.xy[rows])
