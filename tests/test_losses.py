@@ -12,6 +12,7 @@ from vggt_cli.geometry import encode_pose, unproject
 from vggt_cli.learning import losses, synthetic
 from vggt_cli.learning.labels import Labels
 from vggt_cli.learning.losses import Truth
+from vggt_cli.learning.losses_matching import matching_loss
 from vggt_cli.learning.objectives import OMEGA_WEIGHTS, Batch, omega_terms, total
 from vggt_cli.models.layers import Outputs
 
@@ -186,8 +187,8 @@ def test_features_that_are_the_place_in_the_world_match_best() -> None:
     points, _ = losses.patch_points(truth, 16)
     features = torch.cat([points, torch.ones_like(points[..., :1])], -1).flatten(2, 3)
     of_place = torch.cat([features * 5, (features[..., :1] * 9).sin()], -1)
-    loss, found = losses.matching_loss(of_place - of_place.mean((1, 2), keepdim=True), truth, 16)
-    blind, chance = losses.matching_loss(torch.randn(of_place.shape), truth, 16)
+    loss, found = matching_loss(of_place - of_place.mean((1, 2), keepdim=True), truth, 16)
+    blind, chance = matching_loss(torch.randn(of_place.shape), truth, 16)
     assert found > 4 * chance
     assert loss < blind
 
@@ -195,4 +196,4 @@ def test_features_that_are_the_place_in_the_world_match_best() -> None:
 def test_nothing_to_match_costs_nothing() -> None:
     truth = rendered()
     unseen = truth._replace(valid=torch.zeros_like(truth.valid))
-    assert losses.matching_loss(torch.randn(1, 3, 24, 8), unseen, 16).tolist() == [0, 0]
+    assert matching_loss(torch.randn(1, 3, 24, 8), unseen, 16).tolist() == [0, 0]

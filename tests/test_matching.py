@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from vggt_cli.geometry import project
 from vggt_cli.learning import losses, synthetic
 from vggt_cli.learning.losses import Truth
+from vggt_cli.learning.losses_matching import match_loss
 from vggt_cli.models import matching
 from vggt_cli.models.matching import Matches, MatchHead
 
@@ -105,7 +106,7 @@ def test_a_head_learns_where_in_a_cell_a_match_lies() -> None:
     terms = []
     for _ in range(150):
         said = matching.judge(rough, features, head)
-        place, whether = losses.match_loss(rough, said, truth, 8)
+        place, whether = match_loss(rough, said, truth, 8)
         optimizer.zero_grad()
         (place + whether).backward()
         optimizer.step()
@@ -121,7 +122,7 @@ def test_nothing_to_see_is_no_match_for_a_head() -> None:
     unseen = truth._replace(valid=torch.zeros_like(truth.valid))
     rough = matching.find(features, matching.others(features, 2), 20.0, 2)
     said = matching.judge(rough, features, MatchHead(48, 8))
-    place, whether = losses.match_loss(rough, said, unseen, 8)
+    place, whether = match_loss(rough, said, unseen, 8)
     assert place == 0
     assert whether > 0
 

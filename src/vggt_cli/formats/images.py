@@ -184,12 +184,7 @@ def window(
     box: left, top, right, bottom in pixels of the upright photo, which has `source_size`; not
     necessarily whole ones. Raises InputError if the file cannot be read or has another size.
     """
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(_eight_bit(image))
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
+    upright = _upright(path)
     if upright.size != source_size[::-1]:
         found, wanted = _words(upright.size[::-1]), _words(source_size)
         raise InputError(f"the photo is {found}, its camera {wanted}: {path}")
@@ -198,16 +193,9 @@ def window(
 
 
 def gray(path: Path, longest: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """[h, w] uint8 luma of the upright photo, over white; its longer side at most `longest`.
-
-    Raises InputError if the file cannot be read.
-    """
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(_eight_bit(image))
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
+    """[h, w] uint8 luma of the upright photo, over white, its longer side at most `longest`.
+    Raises InputError if the file cannot be read."""
+    upright = _upright(path)
     if upright.mode == "RGBA":
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
     luma = upright.convert("L")
@@ -222,6 +210,16 @@ def size_of(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             return _upright_size(image)
     except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
+
+
+def _upright(path: Path) -> Image.Image:
+    """RGB or RGBA of 8 bits; InputError if the file cannot be read."""
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(_eight_bit(image))
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
 
 

@@ -13,6 +13,7 @@ from vggt_cli.geometry import unproject
 from vggt_cli.learning import losses, losses_vggt
 from vggt_cli.learning.labels import Labels
 from vggt_cli.learning.losses import Truth
+from vggt_cli.learning.losses_matching import match_loss, matching_loss
 from vggt_cli.models.layers import Outputs, full_precision, normalized
 from vggt_cli.models.matching import judge
 from vggt_cli.models.mini import SHARPNESS, Guess, Mini, MiniConfig, Seen
@@ -143,9 +144,7 @@ def _omega(
     patches = cached[config.cached_layers[-1]][:, :, 1 + config.registers :]
     with full_precision(patches):
         terms, camera = omega_terms(outputs, batch, progress)
-        matching, found = losses.matching_loss(
-            teacher.features(patches), batch.truth, config.patch_size
-        )
+        matching, found = matching_loss(teacher.features(patches), batch.truth, config.patch_size)
     terms["matching"] = matching
     others = {name: value for name, value in terms.items() if name != "camera"}
     return terms, {**camera, **others, "found": found}
@@ -186,7 +185,7 @@ def _mini(network: Mini, teacher: Teacher, batch: Batch) -> tuple[Terms, Terms]:
     if not early and not late:
         local = network.aggregator.patch_embed(normalized(batch.pixels).flatten(0, 1))
         cells = local.flatten(2).mT.unflatten(0, (B, S))
-        matching, found = losses.matching_loss(cells, batch.truth, 8, 1 / SHARPNESS, True)
+        matching, found = matching_loss(cells, batch.truth, 8, 1 / SHARPNESS, True)
         return {"matching": matching}, {"matching": matching, "found": found}
     terms: Terms = {}
     parts: Terms = {}
@@ -204,7 +203,7 @@ def _mini(network: Mini, teacher: Teacher, batch: Batch) -> tuple[Terms, Terms]:
             terms, parts = _mini_guess(network, teacher, batch, (seen, guess))
         if late:
             said = judge(matches, features, network.match_head)
-            place, whether = losses.match_loss(matches, said, batch.truth, 8)
+            place, whether = match_loss(matches, said, batch.truth, 8)
             dense = losses.depth_parts(depth, confidence, batch.truth)
             terms["depth"] = _sum(dense) + terms.get("depth", 0.0)
             terms["matching"] = place + whether + terms.get("matching", 0.0)
@@ -228,7 +227,7 @@ def _mini_guess(
     points = teacher.points(seen.layers[-1][:, :, 1 + config.registers :].float())
     point = (points.unflatten(2, true.shape[2:4]) - true).abs().clamp(max=10)[valid]
     context = guess.context.flatten(3).mT
-    matching, found = losses.matching_loss(context, truth, cell, 0.5 / SHARPNESS, True)
+    matching, found = matching_loss(context, truth, cell, 0.5 / SHARPNESS, True)
     terms = {
         "camera": losses.camera_sum(camera),
         "depth": _mean(cells),
