@@ -24,7 +24,7 @@ from vggt_cli.reconstruction.predict import predict
 from vggt_cli.scene import PointCloud
 
 TARGET = Path(__file__).parents[1] / "docs" / "mini.png"
-ZOOM = 2
+ZOOM = 1
 
 
 def seen_from(cloud: PointCloud, cameras: Tensor, degrees: float, size: tuple[int, int]) -> Tensor:
@@ -54,7 +54,7 @@ def seen_from(cloud: PointCloud, cameras: Tensor, degrees: float, size: tuple[in
 def main(seed: int) -> None:
     """Render, predict, fuse, write."""
     network, _ = weights.load("mini", torch.device("cpu"), torch.float32)
-    sample = synthetic.sample(seed, synthetic.Path(4, (128, 160)))
+    sample = synthetic.sample(seed, synthetic.Path(4, (256, 320)))
     images = as_photos(sample, seed)
     prediction = predict(network, images)
     cloud = fuse(prediction, images, FuseOptions(points=30_000), observe=False)
