@@ -109,8 +109,7 @@ def _contract(xyz: Array) -> Array:
     Source: Barron et al., "Mip-NeRF 360", 2022, equation 10.
     """
     distance = np.maximum(np.linalg.norm(xyz, axis=-1, keepdims=True), 1)
-    contracted: Array = xyz * (2 - 1 / distance) / distance
-    return contracted
+    return np.asarray(xyz * (2 - 1 / distance) / distance)
 
 
 def _ranks(confidence: Array) -> Array:
