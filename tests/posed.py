@@ -3,17 +3,14 @@
 import math
 
 import torch
+from disturb import from_first, generator
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggt_cli.geometry import compose, distort, invert, project_tracks
+from vggt_cli.geometry import distort, project_tracks
 from vggt_cli.scene import Cameras, Tracks
 
 SIZE = (480, 640)
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def arc(frames: int, degrees: float = 60.0, focal: float = 560.0) -> Cameras:
@@ -26,7 +23,7 @@ def arc(frames: int, degrees: float = 60.0, focal: float = 560.0) -> Cameras:
     right = F.normalize(torch.linalg.cross(down, forward), dim=-1)
     rotation = torch.stack([right, torch.linalg.cross(forward, right), forward], -2)
     extrinsics = torch.cat([rotation, -rotation @ center[..., None]], -1)
-    return Cameras(_from_first(extrinsics), *_lens(frames, focal))
+    return Cameras(from_first(extrinsics), *_lens(frames, focal))
 
 
 def _lens(frames: int, focal: float) -> tuple[Tensor, Tensor]:
@@ -35,12 +32,6 @@ def _lens(frames: int, focal: float) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows, dtype=torch.float64).repeat(frames, 1, 1), torch.tensor(
         [SIZE] * frames
     )
-
-
-def _from_first(extrinsics: Tensor) -> Tensor:
-    moved = compose(extrinsics, invert(extrinsics[:1]).expand_as(extrinsics))
-    moved[0] = torch.eye(3, 4)
-    return moved
 
 
 def tracks_of(cameras: Cameras, points: int, seed: int = 0, radial: float = 0.0) -> Tracks:
@@ -70,30 +61,3 @@ def noisy(tracks: Tracks, pixels: float, wrong: float = 0.0, seed: int = 1) -> T
     anywhere = torch.rand(xy.shape, generator=g) * torch.tensor([SIZE[1], SIZE[0]])
     bad = torch.rand(len(xy), generator=g) < wrong
     return Tracks(tracks.xyz, tracks.point, tracks.frame, torch.where(bad[:, None], anywhere, xy))
-
-
-def turned(degrees: float, axes: Tensor) -> Tensor:
-    """[S, 3, 3] rotations by the angle about `axes` [S, 3]."""
-    x, y, z = (F.normalize(axes, dim=-1) * math.radians(degrees)).unbind(-1)
-    o = torch.zeros_like(x)
-    cross = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).view(-1, 3, 3)
-    rotations: Tensor = torch.linalg.matrix_exp(cross)
-    return rotations
-
-
-def disturbed(
-    cameras: Cameras, degrees: float, share: float, focal: float = 0.0, seed: int = 2
-) -> Cameras:
-    """Each camera turned and moved on its own, by `share` of their rms extent; one focal length."""
-    g, S = generator(seed), len(cameras)
-    axes, ways = (torch.randn(2, S, 3, generator=g, dtype=torch.float64)).unbind(0)
-    centers = cameras.centers.double()
-    extent = (centers - centers.mean(0)).norm(dim=-1).square().mean().sqrt()
-    moved = centers + share * extent * F.normalize(ways, dim=-1)
-    rotation = turned(degrees, axes) @ cameras.extrinsics[:, :, :3].double()
-    extrinsics = torch.cat([rotation, -rotation @ moved[..., None]], -1)
-    intrinsics = cameras.intrinsics.double().clone()
-    intrinsics[:, 0, 0] *= 1 + focal
-    intrinsics[:, 1, 1] *= 1 + focal
-    intrinsics[:, :2, 2] = cameras.image_size.flip(-1).double() / 2
-    return Cameras(_from_first(extrinsics), intrinsics, cameras.image_size)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from posed import arc, disturbed, generator, noisy, tracks_of, turned
+from disturb import disturbed, generator, turned
+from posed import arc, noisy, tracks_of
 
 from vggt_cli.geometry import keep_points, project_tracks
 from vggt_cli.reconstruction.align import Similarity, centers, fit_cameras, hold_first

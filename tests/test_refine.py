@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from posed import SIZE, arc, disturbed, generator, noisy, tracks_of
+from disturb import disturbed, generator
+from posed import SIZE, arc, noisy, tracks_of
 
 from vggt_cli.errors import GeometryError
 from vggt_cli.formats import adjust
