@@ -253,7 +253,8 @@ class Mini(nn.Module):
         if per_patch is None:
             per_patch = max(1, min(4, ENOUGH // (S * h * w)))
         with full_precision(seen.pixels), torch.no_grad():
-            fine = self.aggregator.patch_embed(seen.pixels.flatten(0, 1))
+            some = seen.pixels.flatten(0, 1).split(matching.CHUNK)  # at a time, for memory
+            fine = torch.cat([self.aggregator.patch_embed(pixels) for pixels in some])
             context = _enlarged(guess.context[:, :, 64:], self.config.fine)
             features = _both(fine.unflatten(0, (B, S)), context)
             side = 2 * self.config.fine
