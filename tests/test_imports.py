@@ -72,7 +72,7 @@ BESIDE = {
         "align": set(),
         "triangulate": set(),
         "depth": set(),
-        "judge": {"align", "triangulate"},
+        "judge": {"triangulate"},
         "bundle": {"align", "triangulate", "judge"},
         "refine": {"triangulate", "judge", "bundle"},
     },

@@ -2,36 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from vggt_cli.geometry import compose, invert
-
-
-@dataclass(frozen=True, eq=False)
-class Similarity:
-    """x -> scale * rotation x + translation, from world to world."""
-
-    scale: float
-    rotation: Tensor  # [3, 3] float64
-    translation: Tensor  # [3] float64, units of the target
-
-    def points(self, xyz: Tensor) -> Tensor:
-        """Points [..., 3] in the target world."""
-        return self.scale * xyz @ self.rotation.T + self.translation
-
-    def cameras(self, extrinsics: Tensor) -> Tensor:
-        """Extrinsics [..., 3, 4] in the target world; depths are `scale` times as large."""
-        rotation = extrinsics[..., :3] @ self.rotation.T
-        translation = self.scale * extrinsics[..., 3] - rotation @ self.translation
-        return torch.cat([rotation, translation[..., None]], -1)
-
-
-def centers(extrinsics: Tensor) -> Tensor:
-    """[S, 3] optical centres of extrinsics [S, 3, 4]."""
-    return invert(extrinsics)[..., 3]
+from vggt_cli.scene import Similarity
 
 
 def fit_cameras(source: Tensor, target: Tensor) -> Similarity:
@@ -42,7 +17,7 @@ def fit_cameras(source: Tensor, target: Tensor) -> Similarity:
     """
     source, target = source.double(), target.double()
     rotation = _mean_rotation(target[:, :, :3].mT @ source[:, :, :3])
-    a, b = centers(source), centers(target)
+    a, b = invert(source)[..., 3], invert(target)[..., 3]
     i, j = torch.triu_indices(len(a), len(a), 1)
     before, after = (a[i] - a[j]).norm(dim=-1), (b[i] - b[j]).norm(dim=-1)
     apart = (before > 1e-9 * before.sum()) & (after > 0)

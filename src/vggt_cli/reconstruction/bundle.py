@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vggt_cli.errors import GeometryError
 from vggt_cli.formats import adjust
-from vggt_cli.geometry import keep_points
+from vggt_cli.geometry import keep_points, move
 from vggt_cli.reconstruction.align import fit_cameras, hold_first
 from vggt_cli.reconstruction.judge import CLOSE
 from vggt_cli.reconstruction.triangulate import Points, pixel_scale, triangulate
@@ -153,7 +153,7 @@ def settle(fit: Fit, start: Setup) -> Fit:
     """The fit in the world of `start`: frame 0 and the scale stay, so do unsolved poses."""
     found, given = fit.setup.cameras, start.cameras.extrinsics
     similarity = fit_cameras(found.extrinsics[fit.solved], given[fit.solved])
-    moved = similarity.cameras(found.extrinsics)
+    moved = move(found, similarity).extrinsics
     moved[~fit.solved] = given[~fit.solved]
     cameras = Cameras(hold_first(moved, given[0]), found.intrinsics, found.image_size)
     return Fit(Setup(cameras, fit.setup.radial, fit.setup.group), fit.solved, fit.reasons)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from vggt_cli.geometry import compose, invert, keep_points, undistort
-from vggt_cli.reconstruction.align import centers
 from vggt_cli.reconstruction.triangulate import MIN_ANGLE, pixel_scale, triangulate
 from vggt_cli.scene import Setup, Tracks
 
@@ -124,7 +123,7 @@ def objection(setup: Setup, predicted: Setup, exif: Tensor | None = None) -> str
         return f"a focal length of {focal[worst]:.0f} px is {ratio[worst]:.2f} of the predicted one"
     extents = [
         (c - c.mean(0)).norm(dim=-1).square().mean().sqrt()
-        for c in (centers(setup.cameras.extrinsics), centers(predicted.cameras.extrinsics))
+        for c in (setup.cameras.centers, predicted.cameras.centers)
     ]
     if extents[0] < COLLAPSED * extents[1]:
         return f"the cameras lie within {extents[0] / extents[1]:.3f} of their predicted extent"
