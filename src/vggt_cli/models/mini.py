@@ -252,9 +252,10 @@ class Mini(nn.Module):
         B, S = seen.local.shape[:2]
         if per_patch is None:
             per_patch = max(1, min(4, ENOUGH // (S * h * w)))
-        with full_precision(seen.pixels), torch.no_grad():
-            some = seen.pixels.flatten(0, 1).split(matching.CHUNK)  # at a time, for memory
+        some = seen.pixels.flatten(0, 1).split(matching.CHUNK)  # at a time, for memory
+        with compute(self._matrix), torch.no_grad():
             fine = torch.cat([self.aggregator.patch_embed(pixels) for pixels in some])
+        with full_precision(fine), torch.no_grad():
             context = _enlarged(guess.context[:, :, 64:], self.config.fine)
             features = _both(fine.unflatten(0, (B, S)), context)
             side = 2 * self.config.fine
