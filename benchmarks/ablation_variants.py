@@ -139,9 +139,8 @@ class Small(Mini):
     def settle(self, seen: Seen, guess: Guess, matches: Matches) -> Settled:
         """What the heads say, and no facts."""
         none = torch.zeros_like(matches.own[..., 0])
-        return Settled(
-            guess.pose, matches, none + 1, none, none[..., None].expand(*none.shape, FACTS)
-        )
+        facts = none.new_zeros(*none.shape[:2], seen.grid[0] * seen.grid[1], FACTS)
+        return Settled(guess.pose, matches, none + 1, none, facts)
 
 
 def build(variant: Variant, config: MiniConfig, seed: int) -> tuple[Small, Teacher]:

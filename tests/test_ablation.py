@@ -40,7 +40,7 @@ def test_other_variants_share_the_fresh_weights_that_fit() -> None:
     for name in ("0 registers", "16 registers", "full-resolution convolutions"):
         other = made(name).state_dict()
         same = {key for key in other if key in baseline and baseline[key].equal(other[key])}
-        own = {key.split(".")[1] for key in baseline.keys() ^ same}
+        own = {key.removeprefix("depth_head.").split(".")[1] for key in baseline.keys() ^ same}
         assert own <= {"register_token", "proj", "proj_conf", "narrow", "refine", "logits"}, own
 
 

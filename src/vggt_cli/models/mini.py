@@ -41,6 +41,7 @@ from vggt_cli.models.solver import Solution
 
 SHARPNESS = 20.0  # of the likeness of features that match: they are trained with it
 ENOUGH = 4000  # matched cells of a sequence: more cost the solver's time
+SPREAD = 2  # cells that a matched cell's depth reaches, one deviation
 FACTS = 25  # numbers of what the solver found at a patch
 
 
@@ -220,9 +221,7 @@ class Mini(nn.Module):
         settled = self.settle(seen, guess, self.refined(*self.find(seen, guess)))
         depth, confidence = self.dense(seen, settled, frames_per_chunk)
         with full_precision(depth):
-            # Where matches agree, cameras and depth maps shall.
-            there = solver.at_cells(F.avg_pool2d(depth, 8), settled.matches)
-            scale = _factor(settled.depth, there, settled.weight)[:, None, None]
+            depth, scale = _followed(depth, settled)
             moved = settled.pose[..., :3] * scale
             pose = torch.cat([moved, settled.pose[..., 3:]], -1)
         tokens = seen.layers[-1][:, :, : 1 + self.config.registers]
@@ -310,6 +309,29 @@ def _enlarged(maps: Tensor, scale: int) -> Tensor:
         return maps
     larger = F.interpolate(maps.flatten(0, 1), scale_factor=scale, mode="bilinear")
     return torch.unflatten(larger, 0, maps.shape[:2])
+
+
+def _followed(depth: Tensor, settled: Settled) -> tuple[Tensor, Tensor]:
+    """Maps [B, S, H, W] that go through the solver's depths, and the scale [B, 1, 1] of its poses.
+
+    The way from a map to the matched cells, as far as their matches agree, spreads over those
+    around (by a Gaussian) and is taken by every pixel.
+    """
+    cells = F.avg_pool2d(depth, 8)
+    there = solver.at_cells(cells, settled.matches)
+    scale = _factor(settled.depth, there, settled.weight)[:, None, None]
+    change = (settled.depth * scale / there).log().clamp(-1, 1)
+    flat = torch.zeros_like(cells).flatten(2)
+    known = [
+        flat.scatter(2, settled.matches.cell, x).view_as(cells).flatten(0, 1)[:, None]
+        for x in (change * settled.weight, settled.weight)
+    ]
+    steps = torch.arange(-3 * SPREAD, 3 * SPREAD + 1).to(depth)
+    bell = torch.exp(-(steps**2) / (2 * SPREAD**2))
+    kernel = (bell[:, None] * bell)[None, None]
+    total, count = (F.conv2d(x, kernel, padding=3 * SPREAD) for x in known)
+    change = F.interpolate(total / (count + 0.2), depth.shape[-2:], mode="bilinear")
+    return depth * change[:, 0].exp().view_as(depth), scale
 
 
 def _factor(depth: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
