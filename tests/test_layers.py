@@ -184,10 +184,10 @@ def test_a_callers_autocast_rules_the_aggregator_and_not_the_heads(config: Confi
 
 @each_network
 def test_networks_run_on_every_device(config: Config, device: torch.device) -> None:
-    network = build(config).to(device).eval()
+    network, side = build(config).to(device).eval(), 4 * config.patch_size
     with torch.no_grad():
-        outputs = network(torch.rand(1, 1, 3, 112, 112).to(device))
-    assert outputs.depth.shape == (1, 1, 112, 112)
+        outputs = network(torch.rand(1, 1, 3, side, side).to(device))
+    assert outputs.depth.shape == (1, 1, side, side)
     assert outputs.depth.device.type == device.type
 
 

@@ -107,7 +107,7 @@ def test_a_plan_says_what_would_be_done(photos: list[Image.Image], tmp_path: Pat
     options = dataclasses.replace(MINI, resolution=96)
     plan = pipeline.plan(str(tmp_path), options)
     assert plan["network_size"] == list(reconstructed(tmp_path, options).images.size)
-    assert plan["tokens"] == 2 * plan["network_size"][0] * plan["network_size"][1] // 256
+    assert plan["tokens"] == 2 * plan["network_size"][0] * plan["network_size"][1] // 32**2
     assert len(plan["warnings"]) == 1
 
 

@@ -208,7 +208,7 @@ def test_exported_weights_are_the_average_in_half_precision(tmp_path: Path) -> N
     assert target == tmp_path / "mini.safetensors"
     average = stored(tmp_path)["average"]
     with safe_open(target, "pt") as file:
-        assert json.loads(file.metadata()["config"])["patch_size"] == 16
+        assert json.loads(file.metadata()["config"])["patch_size"] == 32
         assert set(file.keys()) == set(Mini(TINY).state_dict())  # nothing of the teacher
         for key in file.keys():  # noqa: SIM118
             assert torch.equal(file.get_tensor(key), average[key].half()), key
