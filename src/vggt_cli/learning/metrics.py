@@ -87,5 +87,7 @@ def focal_errors(intrinsics: Tensor, true: Tensor) -> Tensor:
 
 def nearest_distances(points: Tensor, others: Tensor) -> Tensor:
     """Distance [N], float64, from each of points [N, 3] to the nearest of others [M, 3]."""
-    distance, _ = cKDTree(others.numpy()).query(points.numpy())
+    # Compact nodes are slow among copies of a point, as from one camera that stands still.
+    tree = cKDTree(others.numpy(), compact_nodes=False, balanced_tree=False)
+    distance, _ = tree.query(points.numpy())
     return torch.from_numpy(np.asarray(distance, np.float64))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from vggt_cli.formats.colmap import pycolmap
+from vggt_cli.formats import colmap
 from vggt_cli.formats.colmap_read import read
 from vggt_cli.scene import Cameras
 
@@ -42,7 +42,7 @@ def _mapped(
     folder: Path, names: Sequence[str], image_size: torch.Tensor, scratch: Path
 ) -> list[Path]:
     """Folders of the models that pycolmap's mapper made."""
-    module = pycolmap()
+    module = colmap.pycolmap()
     database, models = scratch / "database.db", scratch / "models"
     models.mkdir()
     cpu, few = module.Device.cpu, {"num_threads": THREADS, "use_gpu": False}
