@@ -1,4 +1,4 @@
-"""Commands on finished scenes."""
+"""`vggt check`: arguments in, verdicts in words out."""
 
 from __future__ import annotations
 

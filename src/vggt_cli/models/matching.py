@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Size = tuple[int, int]  # (rows, columns)
-
 CHUNK = 32  # frames matched at a time, for memory
 EXACT = 0.1  # cells: what is better counts no more
 REACH = 1.5  # cells from the middle of the most alike one within which a match can be found
