@@ -83,7 +83,7 @@ def test_every_part_learns() -> None:
     seen = fresh.aggregate(photos(1, 2, 3, 96, 128))
     guess = fresh.guess(seen)
     matches, features = fresh.find(seen, guess)
-    dense = fresh.dense(seen, fresh.settle(seen, guess, matches))
+    dense = fresh.dense(seen, fresh.settle(seen, guess, matches))[:2]
     verdict = matching.judge(matches, features, fresh.match_head)
     said = (guess.pose, guess.depth, guess.context[:, :, 64:], *dense, *verdict)
     torch.stack([x.sum() for x in said]).sum().backward()

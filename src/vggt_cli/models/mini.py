@@ -219,11 +219,8 @@ class Mini(nn.Module):
         """What the heads and the solver make of it; two passes of poses, before and after."""
         guess = self.guess(seen)
         settled = self.settle(seen, guess, self.refined(*self.find(seen, guess)))
-        depth, confidence = self.dense(seen, settled, frames_per_chunk)
-        with full_precision(depth):
-            depth, scale = _followed(depth, settled)
-            moved = settled.pose[..., :3] * scale
-            pose = torch.cat([moved, settled.pose[..., 3:]], -1)
+        depth, confidence, scale = self.dense(seen, settled, frames_per_chunk)
+        pose = torch.cat([settled.pose[..., :3] * scale, settled.pose[..., 3:]], -1)
         tokens = seen.layers[-1][:, :, : 1 + self.config.registers]
         return Outputs(torch.stack([guess.pose, pose]), depth, confidence, tokens=tokens)
 
@@ -286,16 +283,19 @@ class Mini(nn.Module):
 
     def dense(
         self, seen: Seen, settled: Settled, frames_per_chunk: int = 8
-    ) -> tuple[Tensor, Tensor]:
-        """Depth and its confidence [B, S, H, W]."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Depth and its confidence [B, S, H, W], and the scale [B, 1, 1] of the poses to it."""
         fine = self.config.fine
         small = tuple(n // fine for n in seen.pixels.shape[-2:])
         rotate = self.aggregator.rope_embed(seen.grid, 1 + self.config.registers)
         read = partial(self.depth_head, rotate, small)
         with compute(self._matrix):
             depth, confidence = by_frames(read, [*seen.layers, settled.facts], frames_per_chunk)
-        depth, confidence = (_enlarged(x[:, :, None], fine)[:, :, 0] for x in (depth, confidence))
-        return depth, confidence
+        with full_precision(depth):
+            maps = (_enlarged(x[:, :, None], fine)[:, :, 0] for x in (depth, confidence))
+            depth, confidence = maps
+            depth, scale = _followed(depth, settled)
+        return depth, confidence, scale
 
 
 def _both(local: Tensor, context: Tensor) -> Tensor:
