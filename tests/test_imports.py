@@ -45,6 +45,7 @@ BESIDE = {
     },
     "formats": {
         "images": set(),
+        "lenses": {"images"},
         "colmap": set(),
         "colmap_rows": set(),
         "colmap_read": {"colmap", "colmap_rows"},
@@ -63,7 +64,8 @@ BESIDE = {
     "reconstruction": {
         "predict": set(),
         "fuse": set(),
-        "pipeline": {"predict", "fuse"},
+        "improve": {"depth", "refine", "tracks"},
+        "pipeline": {"predict", "fuse", "detect", "improve", "pairs", "refine", "tracks"},
         "matches": set(),
         "pairs": {"matches"},
         "detect": set(),

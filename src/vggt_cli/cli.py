@@ -47,6 +47,15 @@ class Camera(enum.StrEnum):
     per_folder = "per-folder"
 
 
+class Refine(enum.StrEnum):
+    """What may correct the predicted cameras."""
+
+    auto = "auto"
+    none = "none"
+    ba = "ba"
+    sfm = "sfm"
+
+
 class Format(enum.StrEnum):
     """What is written beside the binary COLMAP model."""
 
@@ -101,6 +110,13 @@ def reconstruct(
         Camera,
         typer.Option(help="Which images share intrinsics; auto: equal size, EXIF camera, focal."),
     ] = Camera.auto,
+    refine: Annotated[
+        Refine,
+        typer.Option(
+            help="How photos at full size correct the cameras: ba: bundle adjustment, sfm: anew "
+            "from matches; auto: what explains held-out tracks best, else the prediction."
+        ),
+    ] = Refine.auto,
     format: Annotated[  # noqa: A002  the option's name
         list[Format] | None, typer.Option(help="Further files; may be given several times.")
     ] = None,
@@ -150,6 +166,7 @@ def reconstruct(
         confidence=confidence,
         resolution=resolution,
         camera=camera.value,
+        refine=refine.value,
         save_tokens=save_tokens,
         seed=seed,
         strict=strict,

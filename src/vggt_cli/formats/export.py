@@ -169,7 +169,10 @@ def as_colmap(scene: Scene, files: Sequence[str]) -> colmap.Model:
 def as_page(scene: Scene, model: colmap.Model, title: str) -> page.Page:
     """The page of a scene: its dense cloud, and the cameras under the names of their files."""
     cloud = scene.dense
-    return page.Page(title, model.names, model.cameras, cloud.xyz, cloud.rgb, cloud.confidence)
+    before = scene.refinement.predicted if scene.refinement and scene.refined else None
+    return page.Page(
+        title, model.names, model.cameras, cloud.xyz, cloud.rgb, cloud.confidence, before
+    )
 
 
 def write_ply(cloud: PointCloud, path: Path) -> None:
@@ -257,7 +260,8 @@ def report(scene: Scene, model: colmap.Model) -> dict[str, Any]:
             "world": "the first image's camera is the origin",
         },
         "scale": scene.scale,
-        "tracks": "depth",
+        "tracks": "image" if scene.refined else "depth",
+        "refinement": None if scene.refinement is None else dict(scene.refinement.report),
         "points": {
             "sparse": len(scene.cloud),
             "dense": len(scene.dense),
@@ -300,6 +304,7 @@ def _image_report(scene: Scene, model: colmap.Model, frame: int) -> dict[str, An
         },
         "observations": int((model.tracks.frame == frame).sum()),
         "rewritten": photo.rotated,
+        "refinement": None if scene.refinement is None else scene.refinement.images[frame],
     }
 
 

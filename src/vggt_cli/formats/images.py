@@ -186,7 +186,7 @@ def window(
     """
     upright = _upright(path)
     if upright.size != source_size[::-1]:
-        found, wanted = _words(upright.size[::-1]), _words(source_size)
+        found, wanted = words(upright.size[::-1]), words(source_size)
         raise InputError(f"the photo is {found}, its camera {wanted}: {path}")
     rgba = torch.from_numpy(resized(upright, size, box))
     return rgba[:3].float() / 255, rgba[3] >= 128
@@ -243,10 +243,16 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image.convert("RGBA" if transparent else "RGB")
 
 
-def _camera(exif: Image.Exif) -> tuple[str, str]:
+def _camera(exif: Image.Exif) -> tuple[str, str, float]:
+    """Make and model, focal length as written, and that of the same view on 36 x 24 mm or 0."""
     make, model = (str(exif.get(tag, "")).strip(" \0") for tag in (0x010F, 0x0110))
-    focal = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.FocalLength, "")
-    return f"{make} {model}".strip(), str(focal)
+    details = exif.get_ifd(ExifTags.IFD.Exif)
+    try:
+        equivalent = float(details.get(ExifTags.Base.FocalLengthIn35mmFilm, 0))
+    except (TypeError, ValueError, ZeroDivisionError):
+        equivalent = 0.0
+    focal = str(details.get(ExifTags.Base.FocalLength, ""))
+    return f"{make} {model}".strip(), focal, equivalent if 0 < equivalent < 1e4 else 0.0
 
 
 def resized(
@@ -308,33 +314,8 @@ def upright_sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
     return sizes
 
 
-def camera_groups(photos: Sequence[Photo], mode: str) -> list[int]:
-    """For each photo the number of the camera that took it, counted in order of appearance.
-
-    mode: "auto" (equal size, EXIF camera and focal length), "per-image", "shared" (one for all)
-    or "per-folder". Raises InputError where photos of different size would share a camera.
-    """
-    key_of: dict[str, Callable[[Photo], object]] = {
-        "auto": lambda photo: (photo.size, photo.camera, photo.focal_length),
-        "per-image": lambda photo: photo.name,
-        "shared": lambda photo: "one for all",
-        "per-folder": lambda photo: photo.name.rpartition("/")[0],
-    }
-    keys = [key_of[mode](photo) for photo in photos]
-    first: dict[object, int] = {}
-    for i, key in enumerate(keys):
-        other = photos[first.setdefault(key, i)]
-        if photos[i].size != other.size:
-            raise InputError(
-                f"one camera for photos of different size: {other.name} is {_words(other.size)}, "
-                f"{photos[i].name} is {_words(photos[i].size)}",
-                hint="use --camera auto or --camera per-image",
-            )
-    number = {key: n for n, key in enumerate(first)}
-    return [number[key] for key in keys]
-
-
-def _words(size: tuple[int, int]) -> str:
+def words(size: tuple[int, int]) -> str:
+    """Width and height as people write them."""
     return f"{size[1]} x {size[0]}"
 
 

@@ -9,19 +9,26 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from vggt_cli import device as devices
 from vggt_cli.errors import InputError, MemoryExceeded
 from vggt_cli.formats import images as photos
+from vggt_cli.formats.lenses import camera_groups
 from vggt_cli.geometry import share_intrinsics
 from vggt_cli.models import weights
 from vggt_cli.models.catalog import CATALOG, Entry
+from vggt_cli.models.networks import Network
+from vggt_cli.reconstruction.detect import cache_folder
 from vggt_cli.reconstruction.fuse import FuseOptions, fuse
+from vggt_cli.reconstruction.improve import Improved, as_cloud, improve
+from vggt_cli.reconstruction.pairs import guess
 from vggt_cli.reconstruction.predict import predict
-from vggt_cli.scene import Prediction, Provenance, Scene, Shaping
+from vggt_cli.reconstruction.refine import RefineOptions
+from vggt_cli.reconstruction.tracks import follow
+from vggt_cli.scene import PointCloud, Prediction, Provenance, Scene, Shaping
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +50,8 @@ class Options:
     points: int = 200_000  # at most, in sparse/0
     confidence: float = 20.0  # percent of the pixels, the least sure, that are dropped
     resolution: int | None = None  # pixels; None: what the weights were trained at
-    camera: str = "auto"  # which images share intrinsics: see images.camera_groups
+    camera: str = "auto"  # which images share intrinsics: see lenses.camera_groups
+    refine: Literal["auto", "none", "ba", "sfm"] = "auto"  # see refine.RefineOptions
     save_tokens: bool = False  # also the text embedding, where the weights have one
     seed: int = 0
     strict: bool = False  # a photo that cannot be read stops the run
@@ -100,7 +108,7 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
         raise InputError(f"cannot be read: {name} ({why})", hint="leave out --strict to go on")
     H, W = loaded.images.size
     stages.work = f"{len(loaded.images)} images of {W} x {H}"
-    group = photos.camera_groups(loaded.photos, options.camera)
+    group = camera_groups(loaded.photos, options.camera)
     with stages.stage("load weights"):
         heads = ("text",) if options.save_tokens else ()
         network, used = weights.load(
@@ -109,11 +117,13 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
     with stages.stage("predict"):
         prediction = predict(network, loaded.images)
     prediction = _with_shared_cameras(prediction, group)
+    improved = Improved(prediction, None)
+    if options.refine != "none":
+        improved = _improved(loaded, prediction, network, options, stages)
+        warnings += _words(loaded, improved)
+    prediction = improved.prediction
     with stages.stage("fuse"):
-        how = FuseOptions(options.points, options.confidence, options.seed)
-        cloud = fuse(prediction, loaded.images, how)
-        wide = dataclasses.replace(how, points=max(DENSE_POINTS, options.points))
-        dense = fuse(prediction, loaded.images, wide, observe=False)
+        cloud, dense = _clouds(loaded, improved, options)
     made_by = Provenance(
         used.name,
         used.sha256,
@@ -135,6 +145,7 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
         made_by,
         loaded.unreadable,
         tuple(warnings),
+        refinement=improved.refinement,
     )
 
 
@@ -179,6 +190,54 @@ def _with_shared_cameras(prediction: Prediction, group: list[int]) -> Prediction
     return dataclasses.replace(prediction, cameras=share_intrinsics(prediction.cameras, group))
 
 
+def _improved(
+    loaded: photos.Loaded,
+    prediction: Prediction,
+    network: Network,
+    options: Options,
+    stages: _Stages,
+) -> Improved:
+    with stages.stage("find tracks"):
+        guessed = guess(prediction, loaded.images)
+        seen = loaded.photos, loaded.images, guessed
+        found = follow(*seen, network, cache_folder(), stages.progress)
+    with stages.stage("refine"):
+        group = camera_groups(loaded.photos, options.camera)
+        assert options.refine != "none"
+        return improve(
+            loaded, prediction, group, found, RefineOptions(options.refine, options.seed)
+        )
+
+
+def _clouds(
+    loaded: photos.Loaded, improved: Improved, options: Options
+) -> tuple[PointCloud, PointCloud]:
+    """The points of the COLMAP model, and those of points.ply."""
+    how = FuseOptions(options.points, options.confidence, options.seed)
+    more = dataclasses.replace(how, points=max(DENSE_POINTS, options.points))
+    dense = fuse(improved.prediction, loaded.images, more, observe=False)
+    if improved.tracks is None:
+        return fuse(improved.prediction, loaded.images, how), dense
+    return as_cloud(improved.tracks, improved.prediction, loaded.images, options.points), dense
+
+
+def _words(loaded: photos.Loaded, improved: Improved) -> list[str]:
+    """Say which cameras were chosen and why; warnings for photos that did not take part."""
+    done = improved.refinement
+    assert done is not None
+    kept = "kept" if done.method == "none" else f"refined by {done.method}"
+    log.info("cameras %s; %s", kept, done.report["reason"])
+    warnings = []
+    rows = list(zip(loaded.images.names, done.images, strict=True))
+    if moved := [name for name, row in rows if row["pose"] == "re-aligned"]:
+        warnings.append(f"predicted pose moved with the others, not refined: {', '.join(moved)}")
+    if bent := [name for name, row in rows if row["depth_disagrees"]]:
+        warnings.append(f"depth does not have the shape of the points: {', '.join(bent)}")
+    for words in warnings:
+        log.warning(words)
+    return warnings
+
+
 def plan(source: str, options: Options) -> dict[str, Any]:
     """What `reconstruct` would do, without loading weights or decoding images."""
     device = devices.choose(options.device)
@@ -199,5 +258,6 @@ def plan(source: str, options: Options) -> dict[str, Any]:
         "device": str(device),
         "dtype": str(devices.compute_dtype(device)).removeprefix("torch."),
         "points": options.points,
+        "refine": options.refine,
         "warnings": warnings,
     }
