@@ -34,6 +34,7 @@ app.add_typer(weights_app, name="weights")
 app.command()(cli_learning.train)
 app.command()(cli_learning.evaluate)
 app.command()(cli_check.check)
+app.command()(cli_scenes.refine)
 app.command()(cli_scenes.compare)
 app.command()(cli_scenes.view)
 
@@ -60,7 +61,6 @@ class Format(enum.StrEnum):
     """What is written beside the binary COLMAP model."""
 
     colmap_txt = "colmap-txt"
-    depth = "depth"
 
 
 def _show_version(wanted: bool) -> None:
@@ -151,9 +151,9 @@ def reconstruct(
     """Cameras, depth and points from photos, as a COLMAP scene.
 
     Writes OUT/sparse/0 (world-to-camera, OpenCV axes, pixels of OUT/images), OUT/points.ply,
-    OUT/confidence, OUT/report.json and OUT/scene.html (vggt view shows it); prints OUT. The first
-    image is the origin, the scale is arbitrary. For Gaussian splatting give the trainer OUT as it
-    is (gsplat: --data-factor 1).
+    OUT/depth, OUT/confidence, OUT/report.json and OUT/scene.html (vggt view shows it); prints OUT.
+    The first image is the origin, the scale is arbitrary. For Gaussian splatting give the trainer
+    OUT as it is (gsplat: --data-factor 1).
     """
     speak(quiet, verbose)
     from vggt_cli.formats import export

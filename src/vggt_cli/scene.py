@@ -224,15 +224,12 @@ class Scene:
     images: ImageSet
     prediction: Prediction
     camera_of_image: tuple[int, ...]  # [S] frames with equal numbers share a camera
-    cloud: PointCloud  # for COLMAP, with observations
-    dense: PointCloud  # for points.ply
+    tracks: Tracks  # for COLMAP, in source pixels
+    rgb: Tensor  # [N, 3] uint8 sRGB of their points
+    dense: PointCloud | None  # for points.ply; None: no depth is known, and all of it is 0
     made_by: Provenance
     unreadable: tuple[tuple[str, str], ...] = ()  # (name, reason) of photos left out
     warnings: tuple[str, ...] = ()
     scale: Literal["arbitrary", "metric"] = "arbitrary"
+    seen_in: Literal["depth", "image"] = "depth"  # what says that a pixel shows a track's point
     refinement: Refinement | None = None  # None: not asked for
-
-    @property
-    def refined(self) -> bool:
-        """The cameras are not the predicted ones, and the observations are measured in photos."""
-        return self.refinement is not None and self.refinement.method != "none"

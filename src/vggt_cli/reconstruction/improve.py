@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vggt_cli.formats.images import Loaded
 from vggt_cli.geometry import keep_points, resize
@@ -18,7 +17,7 @@ from vggt_cli.reconstruction import depth
 from vggt_cli.reconstruction.depth import DepthFit, network_pixels
 from vggt_cli.reconstruction.refine import ImageReport, Refined, RefineOptions, refine
 from vggt_cli.reconstruction.tracks import FeatureTracks, ImageRow
-from vggt_cli.scene import Cameras, ImageSet, PointCloud, Prediction, Refinement, Tracks
+from vggt_cli.scene import Cameras, ImageSet, Prediction, Refinement, Tracks
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,11 +106,10 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
-def as_cloud(tracks: Tracks, prediction: Prediction, images: ImageSet, points: int) -> PointCloud:
-    """The points of feature tracks, at most so many: those that most frames see.
+def colored(tracks: Tracks, images: ImageSet, points: int) -> tuple[Tracks, Tensor]:
+    """The tracks, at most so many, those that most frames see, and their points' rgb [N, 3] uint8.
 
-    Colour and confidence are means over the network's pixels that see a point; normals, which
-    nobody measured, point to the middle of its cameras.
+    A colour is the mean over the network's pixels that see the point.
     """
     length = torch.bincount(tracks.point, minlength=len(tracks.xyz))
     longest = length.argsort(descending=True, stable=True)[:points]
@@ -119,15 +117,7 @@ def as_cloud(tracks: Tracks, prediction: Prediction, images: ImageSet, points: i
     kept[longest] = True
     tracks = keep_points(tracks, kept)
     frame, row, column = network_pixels(tracks, images.source_from_network, images.size)
-    rgb = _mean(images.pixels[frame, :, row, column], tracks)
-    confidence = _mean(prediction.confidence[frame, row, column][:, None], tracks)[:, 0]
-    to_camera = prediction.cameras.centers[frame] - tracks.xyz[tracks.point]
-    normals = F.normalize(_mean(F.normalize(to_camera, dim=-1), tracks), dim=-1)
-    rgb = (rgb * 255).round().to(torch.uint8)
-    return PointCloud(tracks.xyz, normals, rgb, confidence, tracks)
-
-
-def _mean(values: Tensor, tracks: Tracks) -> Tensor:
-    """[N, C] of the values [K, C] of each point's observations."""
-    total = torch.zeros(len(tracks.xyz), values.shape[1]).index_add_(0, tracks.point, values)
-    return total / torch.bincount(tracks.point, minlength=len(tracks.xyz))[:, None]
+    seen = images.pixels[frame, :, row, column]
+    total = torch.zeros(len(tracks.xyz), 3).index_add_(0, tracks.point, seen)
+    mean = total / torch.bincount(tracks.point, minlength=len(tracks.xyz))[:, None]
+    return tracks, (mean * 255).round().to(torch.uint8)

@@ -12,23 +12,24 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from vggt_cli import device as devices
 from vggt_cli.errors import InputError, MemoryExceeded
 from vggt_cli.formats import images as photos
 from vggt_cli.formats.lenses import camera_groups
-from vggt_cli.geometry import share_intrinsics
+from vggt_cli.geometry import resize, share_intrinsics
 from vggt_cli.models import weights
 from vggt_cli.models.catalog import CATALOG, Entry
 from vggt_cli.models.networks import Network
 from vggt_cli.reconstruction.detect import cache_folder
 from vggt_cli.reconstruction.fuse import FuseOptions, fuse
-from vggt_cli.reconstruction.improve import Improved, as_cloud, improve
-from vggt_cli.reconstruction.pairs import guess
+from vggt_cli.reconstruction.improve import Improved, colored, improve
+from vggt_cli.reconstruction.pairs import guess, guess_from_tracks
 from vggt_cli.reconstruction.predict import predict
 from vggt_cli.reconstruction.refine import RefineOptions
 from vggt_cli.reconstruction.tracks import follow
-from vggt_cli.scene import PointCloud, Prediction, Provenance, Scene, Shaping
+from vggt_cli.scene import ImageSet, PointCloud, Prediction, Provenance, Scene, Shaping, Tracks
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
     stages.work = f"{len(loaded.images)} images of {W} x {H}"
     group = camera_groups(loaded.photos, options.camera)
     with stages.stage("load weights"):
-        heads = ("text",) if options.save_tokens else ()
+        heads = ["text"] * options.save_tokens + ["track"] * (options.refine != "none")
         network, used = weights.load(
             options.model, device, dtype, heads, partial(progress, "load weights")
         )
@@ -123,7 +124,7 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
         warnings += _words(loaded, improved)
     prediction = improved.prediction
     with stages.stage("fuse"):
-        cloud, dense = _clouds(loaded, improved, options)
+        tracks, rgb, dense = _points(loaded, improved, options)
     made_by = Provenance(
         used.name,
         used.sha256,
@@ -140,11 +141,60 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
         loaded.images,
         prediction,
         tuple(group),
-        cloud,
+        tracks,
+        rgb,
         dense,
         made_by,
         loaded.unreadable,
         tuple(warnings),
+        seen_in="depth" if improved.tracks is None else "image",
+        refinement=improved.refinement,
+    )
+
+
+def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) -> Scene:
+    """A finished scene with cameras that its photos confirm; depth follows and is fused again.
+
+    Where they confirm none that are better, the scene as it was, with the reasons in `refinement`.
+    """
+    stages = _Stages(torch.device("cpu"), progress)
+    loaded = photos.Loaded(scene.images, scene.photos, scene.unreadable)
+    before = scene.prediction
+    with stages.stage("find tracks"):
+        guessed = guess(before, scene.images)
+        if scene.dense is None:
+            source = resize(
+                before.cameras, scene.images.source_from_network, scene.images.source_size
+            )
+            guessed = guess_from_tracks(source, scene.tracks)
+        found = follow(scene.photos, scene.images, guessed, None, cache_folder(), progress)
+    with stages.stage("refine"):
+        improved = improve(loaded, before, list(scene.camera_of_image), found, options)
+    warnings = (*scene.warnings, *_words(loaded, improved))
+    if improved.tracks is None:
+        return dataclasses.replace(scene, refinement=improved.refinement)
+    known = scene.made_by.options
+    again = Options(
+        **{f.name: known[f.name] for f in dataclasses.fields(Options) if f.name in known}
+    )
+    with stages.stage("fuse"):
+        tracks, rgb = colored(improved.tracks, scene.images, again.points)
+        dense = scene.dense and _dense(improved.prediction, scene.images, again)
+    made_by = dataclasses.replace(
+        scene.made_by,
+        options={**known, "refine": options.method},
+        seconds={**scene.made_by.seconds, **stages.seconds},
+        peak_memory={**scene.made_by.peak_memory, **stages.peak_memory},
+    )
+    return dataclasses.replace(
+        scene,
+        prediction=improved.prediction,
+        tracks=tracks,
+        rgb=rgb,
+        dense=dense,
+        made_by=made_by,
+        warnings=warnings,
+        seen_in="image",
         refinement=improved.refinement,
     )
 
@@ -209,16 +259,23 @@ def _improved(
         )
 
 
-def _clouds(
+def _points(
     loaded: photos.Loaded, improved: Improved, options: Options
-) -> tuple[PointCloud, PointCloud]:
-    """The points of the COLMAP model, and those of points.ply."""
+) -> tuple[Tracks, Tensor, PointCloud]:
+    """Tracks and colours for COLMAP, and the points of points.ply."""
     how = FuseOptions(options.points, options.confidence, options.seed)
-    more = dataclasses.replace(how, points=max(DENSE_POINTS, options.points))
-    dense = fuse(improved.prediction, loaded.images, more, observe=False)
-    if improved.tracks is None:
-        return fuse(improved.prediction, loaded.images, how), dense
-    return as_cloud(improved.tracks, improved.prediction, loaded.images, options.points), dense
+    dense = _dense(improved.prediction, loaded.images, options)
+    if improved.tracks is not None:
+        return *colored(improved.tracks, loaded.images, options.points), dense
+    cloud = fuse(improved.prediction, loaded.images, how)
+    assert cloud.observations is not None
+    return cloud.observations, cloud.rgb, dense
+
+
+def _dense(prediction: Prediction, images: ImageSet, options: Options) -> PointCloud:
+    points = max(DENSE_POINTS, options.points)
+    how = FuseOptions(points, options.confidence, options.seed)
+    return fuse(prediction, images, how, observe=False)
 
 
 def _words(loaded: photos.Loaded, improved: Improved) -> list[str]:
