@@ -14,7 +14,7 @@ from vggt_cli.formats import colmap_read, export, scene_read
 from vggt_cli.geometry import project_tracks, resize
 from vggt_cli.learning.metrics import auc, relative_pose_errors
 from vggt_cli.reconstruction import pipeline
-from vggt_cli.reconstruction.fuse import fuse
+from vggt_cli.reconstruction.fuse import FuseOptions, fuse
 from vggt_cli.reconstruction.pipeline import Options
 from vggt_cli.reconstruction.refine import RefineOptions
 from vggt_cli.scene import Cameras, Scene
@@ -101,7 +101,7 @@ def test_depth_follows_the_points(rough: Scene, refined: Scene) -> None:
 
 
 def fuse_again(scene: Scene) -> torch.Tensor:
-    how = pipeline.FuseOptions(pipeline.DENSE_POINTS, MINI.confidence, MINI.seed)
+    how = FuseOptions(pipeline.DENSE_POINTS, MINI.confidence, MINI.seed)
     return fuse(scene.prediction, scene.images, how, observe=False).xyz
 
 
