@@ -24,7 +24,8 @@ from PIL import Image
 from vggt_cli import __version__
 from vggt_cli.errors import OutputError
 from vggt_cli.formats import colmap, page
-from vggt_cli.formats.images import frame_of, upright_copy
+from vggt_cli.formats.copies import upright_copy
+from vggt_cli.formats.images import frame_of
 from vggt_cli.geometry import resize
 from vggt_cli.scene import Photo, PointCloud, Scene
 

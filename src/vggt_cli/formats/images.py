@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -338,12 +339,12 @@ def _words(size: tuple[int, int]) -> str:
     return f"{size[1]} x {size[0]}"
 
 
-def upright_copy(photo: Photo, target: Path) -> None:
-    """Write `photo` to `target` turned upright: orientation reset, ICC and other EXIF kept."""
-    with Image.open(photo.path) as image:
+def upright_file(path: Path) -> tuple[Image.Image, dict[str, Any]]:
+    """The photo upright, in its own mode, and how to save it: its kind, ICC and other EXIF kept."""
+    with Image.open(path) as image:
         kind = "JPEG" if image.format == "MPO" else image.format  # MPO: phones' JPEG and more
         icc = image.info.get("icc_profile")
         turned = ImageOps.exif_transpose(image)
-        exif = turned.getexif()  # without the orientation, which exif_transpose takes out
-        quality = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
-        turned.save(target, kind, exif=exif, icc_profile=icc, **quality)
+    exif = turned.getexif()  # without the orientation, which exif_transpose takes out
+    quality = {"quality": 95, "subsampling": 0} if kind in ("JPEG", "WEBP") else {}
+    return turned, {"format": kind, "exif": exif, "icc_profile": icc, **quality}
