@@ -195,7 +195,7 @@ def reframe(xy: Tensor, intrinsics: Tensor, target: Tensor) -> Tensor:
 
 
 def sample(image: Tensor, xy: Tensor) -> Tensor:
-    """Values [C, h, w] of `image` [C, H, W] at pixels `xy` [h, w, 2]: bicubic, the border goes on."""
+    """Values [C, h, w] of `image` [C, H, W] at `xy` [h, w, 2], bicubic; its border goes on."""
     size = torch.tensor([image.shape[-1], image.shape[-2]]).to(xy)
     grid = (xy / size * 2 - 1).to(image)
     return F.grid_sample(image[None], grid[None], "bicubic", "border", align_corners=False)[0]
