@@ -11,7 +11,14 @@ from PIL import Image
 from test_cli import refused, vggt
 
 from vggt_cli.formats import colmap_read, export, scene_read
-from vggt_cli.geometry import project_tracks, resize
+from vggt_cli.geometry import (
+    pixel_centers,
+    project_tracks,
+    reframe,
+    resize,
+    sample,
+    undistort,
+)
 from vggt_cli.learning.metrics import auc, relative_pose_errors
 from vggt_cli.reconstruction import pipeline
 from vggt_cli.reconstruction.fuse import FuseOptions, fuse
@@ -138,6 +145,58 @@ def test_photos_that_say_nothing_keep_the_prediction(tmp_path: Path) -> None:
     assert "too few feature tracks" in scene.refinement.report["reason"]
     assert scene.seen_in == "depth"
     assert [row["pose"] for row in scene.refinement.images] == ["predicted"] * 3
+
+
+# A lens that bends.
+
+K = -0.2
+
+
+@pytest.fixture(scope="module")
+def bent(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six photos as a lens with a radial term takes them; their focal length is 460.35 px."""
+    folder = tmp_path_factory.mktemp("bent")
+    lens = torch.tensor([[460.35, 0, 256], [0, 460.35, 171], [0, 0, 1]], dtype=torch.float64)
+    xy = undistort(pixel_centers((342, 512), lens), lens, torch.tensor(K).double())
+    for path in sorted((shared / "data/herzjesu_p8/images").glob("*.jpg"))[1:7]:
+        whole = np.array(Image.open(path).resize((512, 342)))
+        seen = sample(torch.from_numpy(whole).permute(2, 0, 1).float(), xy)  # borders go on
+        pixels = seen.clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / path.name, quality=97)
+    return folder
+
+
+def test_what_a_lens_bent_is_straight_in_the_scene(
+    bent: Path, shared: Path, tmp_path: Path
+) -> None:
+    scene = pipeline.reconstruct(str(bent), MINI)
+    reference = colmap_read.read(shared / "data/herzjesu_p8/reference").cameras[1:7]
+    rotation, direction = relative_pose_errors(
+        scene.prediction.cameras.extrinsics, reference.extrinsics
+    )
+    assert auc(rotation, direction, 3) == 100
+    export.write(scene, tmp_path / "out")
+    row = json.loads((tmp_path / "out/report.json").read_text())["images"][2]
+    lens = row["refinement"]["lens"]
+    assert lens["k"] == pytest.approx(K, abs=0.02)
+    assert lens["fx"] == pytest.approx(460.35, rel=0.02)
+    assert row["rewritten"]
+    model = colmap_read.read(tmp_path / "out/sparse/0")
+    assert {one.model for one in model.lenses} == {"PINHOLE"}
+    xy, _ = project_tracks(model.tracks, model.cameras)
+    assert (xy - model.tracks.xy).norm(dim=-1).max() < 1.1
+    # The written photo is the one before it was bent, seen through the new focal length.
+    straight = pixel_centers((342, 512), model.cameras.intrinsics)
+    true = model.cameras.intrinsics[2].clone()
+    true[0, 0] = true[1, 1] = 460.35
+    before = np.array(Image.open(shared / "data/herzjesu_p8/images/0003.jpg").resize((512, 342)))
+    expected = sample(
+        torch.from_numpy(before).permute(2, 0, 1).float(),
+        reframe(straight, model.cameras.intrinsics[2], true),
+    )
+    found = torch.from_numpy(np.array(Image.open(tmp_path / "out/images/0003.jpg")))
+    off = (found.permute(2, 0, 1).float() - expected).abs()[:, 20:-20, 20:-20]
+    assert off.mean() < 6
 
 
 # The command.
