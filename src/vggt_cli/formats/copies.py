@@ -14,7 +14,7 @@ from vggt_cli.formats.images import upright_file
 from vggt_cli.geometry import distort, pixel_centers, reframe, sample
 from vggt_cli.scene import Photo
 
-ROWS = 128  # resampled at a time: a photo of 12 megapixels takes about 100 MB
+ROWS = 128  # resampled at a time: a photo of 12 megapixels takes about 300 MB in all
 Values = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
 
