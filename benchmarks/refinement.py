@@ -17,6 +17,7 @@ import torch
 from common import write
 from disturb import disturbed
 
+from vggt_cli.device import compute_dtype
 from vggt_cli.errors import GeometryError
 from vggt_cli.formats import colmap_read, images
 from vggt_cli.formats.colmap import Model
@@ -52,7 +53,7 @@ def measure(scene: Path) -> Iterator[dict[str, Any]]:
     """The rows of one set."""
     model = colmap_read.read(scene / "reference")
     true = model.cameras
-    network, entry = weights.load("mini", CPU, torch.float32)
+    network, entry = weights.load("mini", CPU, compute_dtype(CPU))
     loaded = images.load(
         scene / "images", [scene / "images" / name for name in model.names], entry.shaping
     )
