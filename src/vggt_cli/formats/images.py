@@ -224,6 +224,21 @@ def gray(path: Path, longest: int) -> np.ndarray[tuple[int, ...], np.dtype[np.ui
     return np.asarray(luma if scale == 1 else luma.resize((w, h), Image.Resampling.BICUBIC))
 
 
+def glance(path: Path, longest: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """[h, w] uint8 luma as stored, not turned, its longer side at most `longest`; of a JPEG only
+    what that needs is decoded. Raises InputError if the file cannot be read."""
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with Image.open(path) as image:
+            scale = min(1.0, longest / max(image.size))
+            size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+            image.draft("L", size)  # JPEG alone
+            luma = image if image.mode == "L" else _eight_bit(image).convert("L")
+            return np.asarray(luma.resize(size, Image.Resampling.BICUBIC))
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
+
+
 def size_of(path: Path) -> tuple[int, int]:
     """(height, width) of the upright photo, from its header; InputError if it cannot be read."""
     try:
