@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggt_cli.formats.colmap import Array
-from vggt_cli.formats.images import frame_of, glance
+from vggt_cli.formats.images import frame_of, gray
 from vggt_cli.scene import ImageSet, Photo
 
 LONGEST = 1000  # pixels: blur is looked for at this size, where that of a lens's last pixel is gone
@@ -31,7 +31,7 @@ SAME = 0.3
 
 def sharpness(photos: Sequence[Photo]) -> list[float]:
     """Of each photo, from its file, by `edge_ratio`. Raises InputError if one cannot be read."""
-    small = partial(glance, longest=LONGEST)
+    small = partial(gray, longest=LONGEST)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         return list(threads.map(lambda photo: edge_ratio(small(photo.path)), photos))
 
