@@ -78,6 +78,9 @@ BESIDE = {
         "judge": {"triangulate"},
         "bundle": {"align", "triangulate", "judge"},
         "refine": {"triangulate", "judge", "bundle"},
+        "looks": set(),
+        "lenses": {"judge", "refine", "triangulate"},
+        "diagnose": {"lenses", "looks", "pairs", "tracks"},
     },
     "learning": {
         "textures": set(),

@@ -71,7 +71,7 @@ def blurred(sharpness: Sequence[float]) -> list[int]:
     for i, value in enumerate(sharpness):
         others = torch.cat([values[:i], values[i + 1 :]])
         others = others[others.isfinite()]
-        if len(others) and value < BLURRED * float(others.quantile(0.5)):
+        if len(others) and value < BLURRED * float(others.median()):  # of two the lower
             found.append(i)
     return found
 
