@@ -19,7 +19,7 @@ from vggt_cli.reconstruction.tracks import FeatureTracks
 from vggt_cli.scene import Cameras, Finding, Photo, Prediction, Refinement, Setup
 
 # Share of a photo's pixels that another must see for the two to belong together by the predicted
-# geometry; unspoilt sets hold together up to 0.35 and more.
+# geometry; unspoilt sets hold together up to 0.5 and more.
 OVERLAP = 0.1
 # Of the depth: median difference between two photos that see the same place. The rough depth of
 # `mini` differs by 0.027 to 0.039 where its cameras are right, and by 0.07 where they are turned by
