@@ -13,6 +13,7 @@ from wall import S, wall
 
 from vggt_cli.formats.images import load
 from vggt_cli.reconstruction.diagnose import diagnose, disagreement, layers, soft, strangers, twice
+from vggt_cli.reconstruction.improve import Improved
 from vggt_cli.reconstruction.lenses import against_headers, bent, outward_lean, scattered
 from vggt_cli.reconstruction.looks import blurred, components, copies, edge_ratio, sharpness
 from vggt_cli.reconstruction.tracks import FeatureTracks
@@ -93,6 +94,15 @@ def test_a_blurred_photo_is_less_sharp_than_the_others_and_noise_or_jpeg_is_not(
     picture(3).filter(ImageFilter.GaussianBlur(blur)).save(paths[3], quality=90)
     (finding,) = soft(photos, sharpness(photos))
     assert finding.files == (paths[3].name,)
+
+
+def test_a_large_jpeg_is_as_sharp_as_the_same_photo_as_png(tmp_path: Path) -> None:
+    large = picture().resize((4000, 3000), Image.Resampling.BICUBIC)
+    for name in ("a.jpg", "b.png"):
+        large.save(tmp_path / name, quality=95, compress_level=1)
+    photos = [Photo(path, path.name, (3000, 4000)) for path in sorted(tmp_path.iterdir())]
+    jpeg, png = sharpness(photos)
+    assert jpeg == pytest.approx(png, rel=0.1)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -212,15 +222,15 @@ def test_a_sound_set_has_no_findings_and_each_fault_is_found_with_the_rest(tmp_p
     loaded = load(RENDERED[0].parent, RENDERED, NETWORK)
     n = len(RENDERED)
     prediction = flat(n, loaded.images.size)
-    group = [0] * n
-    assert diagnose(loaded, prediction.cameras, prediction, group) == ()
+    group, before = [0] * n, Improved(loaded.images, prediction, None)
+    assert diagnose(loaded.photos, before, prediction.cameras, group) == ()
     chain = [(i, i + 1) for i in range(n - 1)]
-    assert diagnose(loaded, prediction.cameras, prediction, group, found(n, chain)) == ()
+    assert diagnose(loaded.photos, before, prediction.cameras, group, found(n, chain)) == ()
     wide = prediction.cameras.intrinsics.clone()
     wide[::2, :2, :2] *= 1.4
     raw = dataclasses.replace(prediction.cameras, intrinsics=wide)
     prediction.depth[0] *= 1.5
-    findings = diagnose(loaded, raw, prediction, group, found(n, chain[:-1]))
+    findings = diagnose(loaded.photos, before, raw, group, found(n, chain[:-1]))
     assert kinds(findings) == ["group", "layers", "focal"]
     assert findings[0].files == (loaded.images.names[-1],)
 
@@ -232,8 +242,10 @@ def test_distortion_is_asked_for_only_where_cameras_were_refined() -> None:
     tracks = found(n, [(i, i + 1) for i in range(n - 1)])
     radial = torch.full((n,), -0.2, dtype=torch.float64)
     for method, expected in (("none", []), ("ba", ["distortion"])):
-        refinement = Refinement(method, prediction.cameras, radial, {}, ())
-        findings = diagnose(loaded, None, prediction, group, tracks, refinement)
+        lens = Setup(prediction.cameras, radial, tuple(group))
+        refinement = Refinement(method, prediction.cameras, lens, {}, ())
+        improved = Improved(loaded.images, prediction, None, refinement)
+        findings = diagnose(loaded.photos, improved, None, group, tracks)
         assert kinds(findings) == expected
 
 

@@ -46,12 +46,13 @@ BESIDE = {
     "formats": {
         "images": set(),
         "lenses": {"images"},
+        "copies": {"images"},
         "colmap": set(),
         "colmap_rows": set(),
         "colmap_read": {"colmap", "colmap_rows"},
         "points": set(),
         "page": {"colmap"},
-        "export": {"colmap", "images", "page", "points"},
+        "export": {"colmap", "copies", "images", "page", "points"},
         "scene_read": {"colmap", "colmap_read", "images", "points"},
         "headers": set(),
         "view_selection": {"colmap_rows"},
@@ -65,7 +66,8 @@ BESIDE = {
     "reconstruction": {
         "predict": set(),
         "fuse": set(),
-        "improve": {"depth", "refine", "tracks"},
+        "straighten": set(),
+        "improve": {"depth", "refine", "straighten", "tracks"},
         "pipeline": {"predict", "fuse", "detect", "improve", "pairs", "refine", "tracks"},
         "matches": set(),
         "pairs": {"matches"},
@@ -80,7 +82,7 @@ BESIDE = {
         "refine": {"triangulate", "judge", "bundle"},
         "looks": set(),
         "lenses": {"judge", "refine", "triangulate"},
-        "diagnose": {"lenses", "looks", "pairs", "tracks"},
+        "diagnose": {"improve", "lenses", "looks", "pairs", "tracks"},
     },
     "learning": {
         "textures": set(),

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -213,14 +214,13 @@ def window(
 
 
 def gray(path: Path, longest: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """[h, w] uint8 luma over white, upright, at most `longest` pixels a side. Raises InputError."""
+    """[h, w] uint8 luma of the upright photo over white, at most `longest`; InputError as above."""
     upright = _upright(path, longest)
     if upright.mode == "RGBA":
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    luma = upright.convert("L")
-    scale = min(1.0, longest / max(luma.size))
-    w, h = (max(1, round(n * scale)) for n in luma.size)
-    return np.asarray(luma if scale == 1 else luma.resize((w, h), Image.Resampling.BICUBIC))
+    scale = min(1.0, longest / max(upright.size))
+    w, h = (max(1, round(n * scale)) for n in upright.size)
+    return np.asarray(upright.convert("L").resize((w, h), Image.Resampling.BICUBIC))
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -237,8 +237,8 @@ def _upright(path: Path, longest: int = 100_000) -> Image.Image:
     Image.MAX_IMAGE_PIXELS = None
     try:
         with Image.open(path) as image:
-            scale = min(1.0, longest / max(image.size))
-            image.draft(None, (round(image.width * scale), round(image.height * scale)))
+            w, h = (max(1, round(n * min(1, longest / max(image.size)))) for n in image.size)
+            image.draft(None, (w, h))
             return ImageOps.exif_transpose(_eight_bit(image))
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
@@ -339,12 +339,12 @@ def words(size: tuple[int, int]) -> str:
     return f"{size[1]} x {size[0]}"
 
 
-def upright_copy(photo: Photo, target: Path) -> None:
-    """Write `photo` to `target` turned upright: orientation reset, ICC and other EXIF kept."""
-    with Image.open(photo.path) as image:
+def upright_file(path: Path) -> tuple[Image.Image, dict[str, Any]]:
+    """The photo upright, in its own mode, and how to save it: its kind, ICC and other EXIF kept."""
+    with Image.open(path) as image:
         kind = "JPEG" if image.format == "MPO" else image.format  # MPO: phones' JPEG and more
         icc = image.info.get("icc_profile")
         turned = ImageOps.exif_transpose(image)
-        exif = turned.getexif()  # without the orientation, which exif_transpose takes out
-        quality = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
-        turned.save(target, kind, exif=exif, icc_profile=icc, **quality)
+    exif = turned.getexif()  # without the orientation, which exif_transpose takes out
+    quality = {"quality": 95, "subsampling": 0} if kind in ("JPEG", "WEBP") else {}
+    return turned, {"format": kind, "exif": exif, "icc_profile": icc, **quality}

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vggt_cli.formats.images import Loaded
 from vggt_cli.geometry import project, resize, unproject
+from vggt_cli.reconstruction.improve import Improved
 from vggt_cli.reconstruction.lenses import against_headers, bent, scattered
 from vggt_cli.reconstruction.looks import blurred, components, copies, sharpness
 from vggt_cli.reconstruction.pairs import SAMPLES, covisible
 from vggt_cli.reconstruction.tracks import FeatureTracks
-from vggt_cli.scene import Cameras, Finding, Photo, Prediction, Refinement, Setup
+from vggt_cli.scene import Cameras, Finding, Photo, Prediction, Refinement
 
 # Share of a photo's pixels that another must see for the two to belong together by the predicted
 # geometry; unspoilt sets hold together up to 0.5 and more.
@@ -31,37 +31,31 @@ NAMED = 5  # files in words; `Finding.files` has them all
 
 
 def diagnose(
-    loaded: Loaded,
+    photos: Sequence[Photo],
+    improved: Improved,
     raw: Cameras | None,
-    prediction: Prediction,
     group: Sequence[int],
     found: FeatureTracks | None = None,
-    refinement: Refinement | None = None,
 ) -> tuple[Finding, ...]:
-    """All findings on a set of photos, none for a sound one.
+    """All findings on a set of photos and what was made of it, none for a sound one.
 
-    raw: the network's cameras before any were shared; None where they are not known. prediction:
-    with the cameras and the depth that the scene has. group: frame i shares its lens with those
-    of equal group[i]. found: feature tracks, refinement: what came of them; None: not asked for.
+    raw: the network's cameras before any were shared; None where they are not known. group: frame
+    i shares its lens with those of equal group[i]. found: feature tracks; None: not looked for.
     Reads the photos. Raises InputError if one cannot be read.
     """
-    images, photos = loaded.images, loaded.photos
-    cameras = resize(prediction.cameras, images.source_from_network, images.source_size)
+    images, prediction, refinement = improved.images, improved.prediction, improved.refinement
     linked = _linked(prediction, images.valid, found)
-    refined = refinement is not None and refinement.method != "none"
+    cameras = resize(prediction.cameras, images.source_from_network, images.source_size)
     findings = [
         *strangers(images.names, components(linked), "feature" if found else "surface"),
         *layers(images.names, disagreement(prediction, images.valid, linked), refinement),
         *soft(photos, sharpness(photos)),
         *twice(images.names, copies(images)),
         *([] if raw is None else scattered(photos, raw, group)),
-        *against_headers(photos, cameras),
+        *against_headers(photos, refinement.lens.cameras if refinement else cameras),
     ]
-    if found is not None and refinement is not None and refined:
-        double = Cameras(
-            cameras.extrinsics.double(), cameras.intrinsics.double(), images.source_size
-        )
-        findings += bent(photos, found.tracks, Setup(double, refinement.radial, tuple(group)))
+    if found and refinement and refinement.method != "none":
+        findings += bent(photos, found.tracks, refinement.lens)
     return tuple(findings)
 
 

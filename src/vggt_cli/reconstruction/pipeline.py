@@ -118,13 +118,12 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
     with stages.stage("predict"):
         prediction = predict(network, loaded.images)
     prediction = _with_shared_cameras(prediction, group)
-    improved = Improved(prediction, None)
+    improved = Improved(loaded.images, prediction, None)
     if options.refine != "none":
         improved = _improved(loaded, prediction, network, options, stages)
         warnings += _words(loaded, improved)
-    prediction = improved.prediction
     with stages.stage("fuse"):
-        tracks, rgb, dense = _points(loaded, improved, options)
+        tracks, rgb, dense = _points(improved, options)
     made_by = Provenance(
         used.name,
         used.sha256,
@@ -138,8 +137,8 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
     )
     return Scene(
         loaded.photos,
-        loaded.images,
-        prediction,
+        improved.images,
+        improved.prediction,
         tuple(group),
         tracks,
         rgb,
@@ -178,8 +177,8 @@ def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) ->
         **{f.name: known[f.name] for f in dataclasses.fields(Options) if f.name in known}
     )
     with stages.stage("fuse"):
-        tracks, rgb = colored(improved.tracks, scene.images, again.points)
-        dense = scene.dense and _dense(improved.prediction, scene.images, again)
+        tracks, rgb = colored(improved.tracks, improved.images, again.points)
+        dense = scene.dense and _dense(improved.prediction, improved.images, again)
     made_by = dataclasses.replace(
         scene.made_by,
         options={**known, "refine": options.method},
@@ -188,6 +187,7 @@ def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) ->
     )
     return dataclasses.replace(
         scene,
+        images=improved.images,
         prediction=improved.prediction,
         tracks=tracks,
         rgb=rgb,
@@ -259,15 +259,13 @@ def _improved(
         )
 
 
-def _points(
-    loaded: photos.Loaded, improved: Improved, options: Options
-) -> tuple[Tracks, Tensor, PointCloud]:
+def _points(improved: Improved, options: Options) -> tuple[Tracks, Tensor, PointCloud]:
     """Tracks and colours for COLMAP, and the points of points.ply."""
     how = FuseOptions(options.points, options.confidence, options.seed)
-    dense = _dense(improved.prediction, loaded.images, options)
+    dense = _dense(improved.prediction, improved.images, options)
     if improved.tracks is not None:
-        return *colored(improved.tracks, loaded.images, options.points), dense
-    cloud = fuse(improved.prediction, loaded.images, how)
+        return *colored(improved.tracks, improved.images, options.points), dense
+    cloud = fuse(improved.prediction, improved.images, how)
     assert cloud.observations is not None
     return cloud.observations, cloud.rgb, dense
 
