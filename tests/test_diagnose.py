@@ -183,6 +183,9 @@ def test_features_that_lean_inwards_tell_of_a_lens_that_nobody_measured() -> Non
     photos, everyone = [photo(str(i)) for i in range(6)], torch.ones(6, dtype=torch.bool)
     assert outward_lean(spoilt(0.0), setup(), everyone) == 0
     assert bent(photos, spoilt(0.0), setup()) == []
+    exact = setup().cameras
+    single = Cameras(exact.extrinsics.float(), exact.intrinsics.float(), exact.image_size)
+    assert outward_lean(spoilt(-0.2), dataclasses.replace(setup(), cameras=single), everyone) < 0
     assert outward_lean(spoilt(-0.2), setup(), everyone) < 0
     assert outward_lean(spoilt(0.2), setup(), everyone) > 0
     (finding,) = bent(photos, spoilt(-0.2), setup())

@@ -133,7 +133,9 @@ def outward_lean(tracks: Tracks, setup: Setup, lens: Tensor) -> float:
     kept[chosen[:: max(1, len(chosen) // MOST)]] = True
     if not kept.any():
         return 0.0
-    tracks = keep_points(tracks, kept)
+    tracks, c = keep_points(tracks, kept), setup.cameras
+    double = Cameras(c.extrinsics.double(), c.intrinsics.double(), c.image_size)
+    setup = Setup(double, setup.radial, setup.group)
     points = triangulate(tracks, setup, LOOSE)
     frame = tracks.frame.long()
     xy, _ = project_tracks(Tracks(points.xyz, tracks.point, tracks.frame, tracks.xy), setup.cameras)
