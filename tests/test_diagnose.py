@@ -14,7 +14,13 @@ from wall import S, wall
 from vggt_cli.formats.images import load
 from vggt_cli.reconstruction.diagnose import diagnose, disagreement, layers, soft, strangers, twice
 from vggt_cli.reconstruction.improve import Improved
-from vggt_cli.reconstruction.lenses import against_headers, bent, outward_lean, scattered
+from vggt_cli.reconstruction.lenses import (
+    against_headers,
+    at_the_edges,
+    bent,
+    outward_lean,
+    scattered,
+)
 from vggt_cli.reconstruction.looks import blurred, components, copies, edge_ratio, sharpness
 from vggt_cli.reconstruction.tracks import FeatureTracks
 from vggt_cli.scene import Cameras, Finding, Photo, Prediction, Refinement, Setup, Shaping, Tracks
@@ -179,15 +185,19 @@ def spoilt(radial: float) -> Tracks:
     return noisy(tracks_of(setup().cameras, 4000, radial=radial), 0.2, wrong=0.02)
 
 
+def lean(tracks: Tracks, setup: Setup) -> float:
+    return outward_lean(at_the_edges(tracks, setup)[1])
+
+
 def test_features_that_lean_inwards_tell_of_a_lens_that_nobody_measured() -> None:
-    photos, everyone = [photo(str(i)) for i in range(6)], torch.ones(6, dtype=torch.bool)
-    assert outward_lean(spoilt(0.0), setup(), everyone) == 0
+    photos = [photo(str(i)) for i in range(6)]
+    assert lean(spoilt(0.0), setup()) == 0
     assert bent(photos, spoilt(0.0), setup()) == []
     exact = setup().cameras
     single = Cameras(exact.extrinsics.float(), exact.intrinsics.float(), exact.image_size)
-    assert outward_lean(spoilt(-0.2), dataclasses.replace(setup(), cameras=single), everyone) < 0
-    assert outward_lean(spoilt(-0.2), setup(), everyone) < 0
-    assert outward_lean(spoilt(0.2), setup(), everyone) > 0
+    assert lean(spoilt(-0.2), dataclasses.replace(setup(), cameras=single)) < 0
+    assert lean(spoilt(-0.2), setup()) < 0
+    assert lean(spoilt(0.2), setup()) > 0
     (finding,) = bent(photos, spoilt(-0.2), setup())
     assert finding.command.endswith("--camera shared")
     (whole,) = bent(photos, spoilt(-0.2), dataclasses.replace(setup(), group=(0,) * 6))

@@ -89,6 +89,7 @@ def bent(photos: Sequence[Photo], tracks: Tracks, setup: Setup) -> list[Finding]
     """
     found = []
     lens = torch.tensor(camera_groups(photos, "auto"))
+    frame, along = at_the_edges(tracks, setup)
     for n in lens.unique().tolist():
         members = (lens == n).nonzero()[:, 0].tolist()
         files = tuple(photos[i].name for i in members)
@@ -100,7 +101,7 @@ def bent(photos: Sequence[Photo], tracks: Tracks, setup: Setup) -> list[Finding]
             )
             command = "use the photos in SCENE/images, not the originals, with these cameras"
             found.append(Finding("distortion", words, files, command))
-        elif kept == 0 and (lean := outward_lean(tracks, setup, lens == n)):
+        elif kept == 0 and (lean := outward_lean(along[lens[frame] == n])):
             words = (
                 f"the lens of {len(files)} photos may bend straight lines: near its edges features "
                 f"lie {abs(lean):.2f} px at 1024 px too far {'out' if lean > 0 else 'in'}"
@@ -120,31 +121,36 @@ def corner_shift(setup: Setup, frame: int) -> float:
     return float((moved.norm() / pixel_scale(setup.cameras)[frame]).nan_to_num(torch.inf))
 
 
-def outward_lean(tracks: Tracks, setup: Setup, lens: Tensor) -> float:
-    """Pixels at 1024 by which features near the edges of the frames `lens` [S] bool lie farther
-    out than their points, which are triangulated anew; 0: no more than chance.
+def at_the_edges(tracks: Tracks, setup: Setup) -> tuple[Tensor, Tensor]:
+    """Frames [M] of features near the edges, and how much farther out than their points they lie.
+
+    The points are triangulated anew under `setup`. In pixels at 1024, [M].
+    """
+    chosen = (torch.bincount(tracks.point, minlength=len(tracks.xyz)) >= 3).nonzero()[:, 0]
+    if len(chosen) == 0:
+        return torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.float64)
+    kept = torch.zeros(len(tracks.xyz), dtype=torch.bool)
+    kept[chosen[:: max(1, len(chosen) // MOST)]] = True
+    tracks, c = keep_points(tracks, kept), setup.cameras
+    cameras = Cameras(c.extrinsics.double(), c.intrinsics.double(), c.image_size)
+    points = triangulate(tracks, Setup(cameras, setup.radial, setup.group), LOOSE)
+    frame = tracks.frame.long()
+    xy, _ = project_tracks(Tracks(points.xyz, tracks.point, tracks.frame, tracks.xy), cameras)
+    ray = xy - cameras.intrinsics[frame, :2, 2]
+    half = cameras.image_size[frame].double().norm(dim=-1) / 2
+    edge = points.good(tracks, LOOSE) & (ray.norm(dim=-1) > EDGE * half)
+    ray, residual, frame = ray[edge], (tracks.xy.double() - xy)[edge], frame[edge]
+    along = (residual * ray).sum(-1) / ray.norm(dim=-1) / pixel_scale(cameras)[frame]
+    return frame, along
+
+
+def outward_lean(along: Tensor) -> float:
+    """The median of `along` [M], of `at_the_edges` for one lens; 0: no more than chance.
 
     Points and focal lengths hide most of a distortion: a lens that moves corners by 37 pixels
     leaves 0.1, sound ones leave 0.01.
     """
-    long = torch.bincount(tracks.point, minlength=len(tracks.xyz)) >= 3
-    chosen = long.nonzero()[:, 0]
-    kept = torch.zeros_like(long)
-    kept[chosen[:: max(1, len(chosen) // MOST)]] = True
-    if not kept.any():
+    if len(along) < ENOUGH:
         return 0.0
-    tracks, c = keep_points(tracks, kept), setup.cameras
-    double = Cameras(c.extrinsics.double(), c.intrinsics.double(), c.image_size)
-    setup = Setup(double, setup.radial, setup.group)
-    points = triangulate(tracks, setup, LOOSE)
-    frame = tracks.frame.long()
-    xy, _ = project_tracks(Tracks(points.xyz, tracks.point, tracks.frame, tracks.xy), setup.cameras)
-    ray = xy - setup.cameras.intrinsics[frame, :2, 2]
-    half = setup.cameras.image_size[frame].double().norm(dim=-1) / 2
-    edge = points.good(tracks, LOOSE) & lens[frame] & (ray.norm(dim=-1) > EDGE * half)
-    if int(edge.sum()) < ENOUGH:
-        return 0.0
-    ray, residual = ray[edge], (tracks.xy.double() - xy)[edge]
-    along = (residual * ray).sum(-1) / ray.norm(dim=-1) / pixel_scale(setup.cameras)[frame[edge]]
     lean, usual = float(along.median()), float(along.abs().median())
     return lean if abs(lean) > max(LEAN, CLEAR * usual) else 0.0
