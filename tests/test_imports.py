@@ -80,6 +80,9 @@ BESIDE = {
         "judge": {"triangulate"},
         "bundle": {"align", "triangulate", "judge"},
         "refine": {"triangulate", "judge", "bundle"},
+        "looks": set(),
+        "lenses": {"judge", "refine", "triangulate"},
+        "diagnose": {"improve", "lenses", "looks", "pairs", "tracks"},
     },
     "learning": {
         "textures": set(),
