@@ -52,6 +52,8 @@ BESIDE = {
         "page": {"colmap"},
         "export": {"colmap", "images", "page"},
         "headers": set(),
+        "names": {"export", "images"},
+        "priors": {"colmap", "colmap_read"},
         "view_selection": {"colmap_rows"},
         "check_files": {"colmap_rows", "headers", "view_selection"},
         "check_faults": {"check_files", "colmap_rows", "headers"},
@@ -75,6 +77,9 @@ BESIDE = {
         "judge": {"triangulate"},
         "bundle": {"align", "triangulate", "judge"},
         "refine": {"triangulate", "judge", "bundle"},
+        "readings": set(),
+        "priors": {"align", "judge", "readings", "refine"},
+        "scale": {"align"},
     },
     "learning": {
         "textures": set(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import PurePosixPath
 
 from vggt_cli.formats.export import output_names
@@ -40,14 +41,13 @@ def few(names: Sequence[str]) -> str:
 def _spellings(depth: int) -> Iterator[Callable[[str], str]]:
     yield str
     yield lambda name: output_names([name])[0]
-    for kept in range(depth, 0, -1):
-        yield lambda name, kept=kept: _tail(name, kept)  # type: ignore[misc]
-    for kept in range(depth, 0, -1):
-        yield lambda name, kept=kept: _tail(_without_ending(name), kept)  # type: ignore[misc]
+    for ending in (True, False):
+        for parts in range(depth, 0, -1):
+            yield partial(_tail, parts=parts, ending=ending)
 
 
-def _tail(name: str, parts: int) -> str:
-    return "/".join(name.split("/")[-parts:])
+def _tail(name: str, parts: int, ending: bool) -> str:
+    return "/".join((name if ending else _without_ending(name)).split("/")[-parts:])
 
 
 def _without_ending(name: str) -> str:

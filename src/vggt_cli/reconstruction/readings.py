@@ -30,10 +30,10 @@ AXES: dict[str, Tensor] = {
     "OpenGL axes (x right, y up, z back)": OPENGL,
     "axes x left, y up, z forward": _signs(-1, -1, 1),
     "axes x left, y down, z back": _signs(-1, 1, -1),
-    "OpenCV axes of photos turned right by 90 degrees": QUARTER,
-    "OpenCV axes of photos turned left by 90 degrees": QUARTER.mT,
-    "OpenGL axes of photos turned right by 90 degrees": QUARTER @ OPENGL,
-    "OpenGL axes of photos turned left by 90 degrees": QUARTER.mT @ OPENGL,
+    "OpenCV axes of photos not yet turned right by 90 degrees": QUARTER,
+    "OpenCV axes of photos not yet turned left by 90 degrees": QUARTER.mT,
+    "OpenGL axes of photos not yet turned right by 90 degrees": QUARTER @ OPENGL,
+    "OpenGL axes of photos not yet turned left by 90 degrees": QUARTER.mT @ OPENGL,
     "left-handed, mirrored axes (x right, y up, z forward)": _signs(1, -1, 1),
     "left-handed, mirrored axes (x left, y down, z forward)": _signs(-1, 1, 1),
     "left-handed, mirrored axes (x right, y down, z back)": _signs(1, 1, -1),
@@ -41,7 +41,7 @@ AXES: dict[str, Tensor] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Reading:
     """One meaning of the matrices of a file."""
 
