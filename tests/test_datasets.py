@@ -79,13 +79,13 @@ def write_dense_workspace(scene: Sample, folder: Path) -> None:
 
 
 def write_scene(scene: Sample, folder: Path, confidence: Tensor) -> None:
-    """What `vggt reconstruct --format depth` writes."""
+    """What `vggt reconstruct` writes."""
     photos = folder.with_name("photos")
     write_photos(scene, photos)
     seen = tracks(scene)
     n = len(seen.xyz)
     cloud = PointCloud(
-        seen.xyz, torch.zeros(n, 3), torch.zeros(n, 3, dtype=torch.uint8), torch.ones(n), seen
+        seen.xyz, torch.zeros(n, 3), torch.zeros(n, 3, dtype=torch.uint8), torch.ones(n)
     )
     images = ImageSet(
         names(scene),
@@ -99,11 +99,12 @@ def write_scene(scene: Sample, folder: Path, confidence: Tensor) -> None:
         images,
         Prediction(scene.cameras, scene.depth, confidence),
         (0,) * S,
-        cloud,
+        seen,
+        cloud.rgb,
         cloud,
         Provenance("test", "0" * 64, "none", True, "cpu", "float32", {}),
     )
-    export.write(made, folder, ["depth"])
+    export.write(made, folder)
 
 
 def assert_same(found: Sample, true: Sample, tolerance: float) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from wall import EVERYTHING, wall
 
 from vggt_cli.errors import OutputError
-from vggt_cli.formats import colmap, export
+from vggt_cli.formats import colmap, export, points
 from vggt_cli.formats.images import frame_of
 from vggt_cli.reconstruction.fuse import fuse
 from vggt_cli.scene import Photo, Provenance, Scene
@@ -40,13 +40,15 @@ def scene(tmp_path: Path) -> Scene:
         prediction.cameras, prediction.depth, prediction.confidence, tokens, text
     )
     cloud = fuse(prediction, images, EVERYTHING)
+    assert cloud.observations is not None
     made_by = Provenance("test", "0" * 64, "none", True, "cpu", "float32", {"points": 5})
     return Scene(
         tuple(photos),
         images,
         prediction,
         (0, 0, 0, 1),
-        cloud,
+        cloud.observations,
+        cloud.rgb,
         fuse(prediction, images, EVERYTHING, observe=False),
         made_by,
         (("bad.jpg", "truncated"),),
@@ -68,6 +70,7 @@ def test_the_folder_holds_what_the_design_says(scene: Scene, tmp_path: Path) -> 
     assert contents(tmp_path / "out") == {
         *(f"images/{name}" for name in names),
         *(f"confidence/{name}.{kind}" for name in names for kind in ("npy", "png")),
+        *(f"depth/{name}.npy" for name in names),
         *(f"sparse/0/{part}.{kind}" for part in PARTS for kind in ("bin", "txt")),
         "points.ply",
         "report.json",
@@ -82,6 +85,7 @@ def test_the_page_shows_the_dense_cloud_and_can_be_left_out(scene: Scene, tmp_pa
     export.write(scene, tmp_path / "out")
     page = (tmp_path / "out/scene.html").read_text(encoding="utf-8")
     assert "<title>out</title>" in page
+    assert scene.dense is not None
     assert f'"points":{len(scene.dense)},' in page
     assert '"names":["a_1.png","in__a_1.png","B.jpg","c.jpg"]' in page
     export.write(scene, tmp_path / "without", html=False)
@@ -92,7 +96,7 @@ PARTS = ("cameras", "images", "points3D")
 
 
 def test_depth_maps_are_those_of_the_network_without_padding(scene: Scene, tmp_path: Path) -> None:
-    export.write(scene, tmp_path / "out", ["depth"])
+    export.write(scene, tmp_path / "out")
     for frame, name in enumerate(("a_1.png", "in__a_1.png", "B.jpg", "c.jpg")):
         found = np.load(tmp_path / f"out/depth/{name}.npy")
         rows, columns = frame_of(scene.images, frame)
@@ -132,7 +136,8 @@ def test_names_are_flat_and_unique(names: list[str], expected: list[str]) -> Non
 def test_trimesh_reads_the_cloud(scene: Scene, tmp_path: Path) -> None:
     import trimesh
 
-    export.write_ply(scene.dense, tmp_path / "points.ply")
+    assert scene.dense is not None
+    points.write_cloud(scene.dense, tmp_path / "points.ply")
     cloud: Any = trimesh.load(tmp_path / "points.ply")
     np.testing.assert_allclose(cloud.vertices, scene.dense.xyz)
     np.testing.assert_array_equal(cloud.colors[:, :3], scene.dense.rgb)
@@ -143,7 +148,8 @@ def test_open3d_reads_the_cloud(scene: Scene, tmp_path: Path) -> None:
         import open3d
     except (ImportError, OSError) as error:
         pytest.skip(f"open3d does not import ({error}): apt install libegl1 libgl1 libusb-1.0-0")
-    export.write_ply(scene.dense, tmp_path / "points.ply")
+    assert scene.dense is not None
+    points.write_cloud(scene.dense, tmp_path / "points.ply")
     cloud = open3d.io.read_point_cloud(tmp_path / "points.ply")
     np.testing.assert_allclose(np.asarray(cloud.points), scene.dense.xyz)
     np.testing.assert_allclose(np.asarray(cloud.normals), scene.dense.normals)
@@ -240,7 +246,8 @@ class Report(Strict):
     peak_memory_bytes: dict[str, int]
     conventions: dict[str, str]
     scale: Literal["arbitrary", "metric"]
-    tracks: Literal["depth"]
+    tracks: Literal["depth", "image"]
+    refinement: dict[str, Any] | None
     points: Points
     images: list[ImageReport]
     left_out: list[LeftOut]
@@ -301,7 +308,7 @@ def test_nothing_is_left_behind_when_writing_stops(
     def fail(*_: object) -> None:
         raise stop
 
-    monkeypatch.setattr(export, "write_ply", fail)
+    monkeypatch.setattr(points, "write_cloud", fail)
     expected = OutputError if isinstance(stop, OSError) else SystemExit
     with pytest.raises(expected, match="No space left" if isinstance(stop, OSError) else None):
         export.write(scene, tmp_path / "new")

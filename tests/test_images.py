@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from vggt_cli.errors import InputError
-from vggt_cli.formats import images
+from vggt_cli.formats import images, lenses
 from vggt_cli.scene import Photo, Shaping
 
 BALANCED = Shaping("balanced", 64, 16)
@@ -361,16 +361,16 @@ def photo(
 
 def test_cameras_are_grouped_as_asked() -> None:
     shots = [photo("x/1"), photo("x/2", focal="9"), photo("y/3"), photo("y/4", camera="B")]
-    assert images.camera_groups(shots, "auto") == [0, 1, 0, 2]
-    assert images.camera_groups(shots, "per-image") == [0, 1, 2, 3]
-    assert images.camera_groups(shots, "shared") == [0, 0, 0, 0]
-    assert images.camera_groups(shots, "per-folder") == [0, 0, 1, 1]
+    assert lenses.camera_groups(shots, "auto") == [0, 1, 0, 2]
+    assert lenses.camera_groups(shots, "per-image") == [0, 1, 2, 3]
+    assert lenses.camera_groups(shots, "shared") == [0, 0, 0, 0]
+    assert lenses.camera_groups(shots, "per-folder") == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("mode", ["shared", "per-folder"])
 def test_photos_of_different_size_cannot_share_a_camera(mode: str) -> None:
     with pytest.raises(InputError, match="2 is 40 x 60"):
-        images.camera_groups([photo("1"), photo("2", size=(60, 40))], mode)
+        lenses.camera_groups([photo("1"), photo("2", size=(60, 40))], mode)
 
 
 def test_exif_names_the_camera(tmp_path: Path) -> None:

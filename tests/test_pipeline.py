@@ -17,7 +17,7 @@ from vggt_cli.reconstruction import pipeline, predict
 from vggt_cli.reconstruction.pipeline import Options
 from vggt_cli.scene import Scene
 
-MINI = Options(model="mini", points=3000, device="cpu")
+MINI = Options(model="mini", points=3000, device="cpu", refine="none")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_the_eight_exif_orientations_give_the_same_cameras_and_points(
     first = scenes[0]
     for scene in scenes[1:]:
         assert torch.equal(scene.prediction.cameras.extrinsics, first.prediction.cameras.extrinsics)
-        assert torch.equal(scene.cloud.xyz, first.cloud.xyz)
+        assert torch.equal(scene.tracks.xyz, first.tracks.xyz)
         assert scene.photos[0].size == first.photos[0].size
     export.write(scenes[5], tmp_path / "out")
     with Image.open(tmp_path / "out/images/0.png") as written:
@@ -74,8 +74,7 @@ def test_mixed_sizes_orientations_and_panoramas_go_together(
     scene = reconstructed(tmp_path)
     assert [photo.size for photo in scene.photos] == [(160, 240), (240, 160), (60, 600)]
     assert scene.camera_of_image == (0, 1, 2)
-    tracks = scene.cloud.observations
-    assert tracks is not None
+    tracks = scene.tracks
     size = scene.images.source_size[tracks.frame.long()].flip(-1)
     assert ((tracks.xy > 0) & (tracks.xy < size)).all()  # nothing from the padding
     model = export.as_colmap(scene, ["1.png", "2.png", "3.jpg"])
@@ -87,7 +86,7 @@ def test_one_photo_alone_is_a_scene(photos: list[Image.Image], tmp_path: Path) -
     photos[0].save(tmp_path / "1.png")
     scene = reconstructed(tmp_path)
     assert torch.equal(scene.prediction.cameras.extrinsics[0], torch.eye(3, 4))
-    assert len(scene.cloud) > 100
+    assert len(scene.tracks.xyz) > 100
 
 
 def test_cameras_are_shared_as_asked(photos: list[Image.Image], tmp_path: Path) -> None:

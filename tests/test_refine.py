@@ -102,6 +102,20 @@ def test_the_same_input_gives_the_same_cameras(
     assert torch.equal(again.tracks.xyz, refined.tracks.xyz)
 
 
+def test_adjustment_never_ends_with_the_points_behind_the_cameras(
+    true: Cameras, exact: Tracks
+) -> None:
+    origin = -true.centers  # the first stays at 0
+    extrinsics = torch.cat(
+        [true.extrinsics[:, :, :3], -true.extrinsics[:, :, :3] @ origin[..., None]], -1
+    )
+    mirrored = Cameras(extrinsics, true.intrinsics, true.image_size)
+    tracks = Tracks(-exact.xyz, exact.point, exact.frame, exact.xy)
+    setup = Setup(mirrored, torch.zeros(6, dtype=torch.float64), (0,) * 6)
+    found = adjust.bundle_adjust(setup, tracks, adjust.Adjustment(1.0))
+    torch.testing.assert_close(found.cameras.extrinsics, true.extrinsics, rtol=0, atol=1e-3)
+
+
 def test_noise_and_wrong_observations_cost_little(true: Cameras, exact: Tracks) -> None:
     tracks = noisy(exact, pixels=0.3, wrong=0.15)
     refined = refine(disturbed(true, 5, 0.1, focal=-0.03), tracks, [0] * 6, AUTO)

@@ -34,6 +34,7 @@ app.add_typer(weights_app, name="weights")
 app.command()(cli_learning.train)
 app.command()(cli_learning.evaluate)
 app.command()(cli_check.check)
+app.command()(cli_scenes.refine)
 app.command()(cli_scenes.compare)
 app.command()(cli_scenes.view)
 
@@ -47,11 +48,19 @@ class Camera(enum.StrEnum):
     per_folder = "per-folder"
 
 
+class Refine(enum.StrEnum):
+    """What may correct the predicted cameras."""
+
+    auto = "auto"
+    none = "none"
+    ba = "ba"
+    sfm = "sfm"
+
+
 class Format(enum.StrEnum):
     """What is written beside the binary COLMAP model."""
 
     colmap_txt = "colmap-txt"
-    depth = "depth"
 
 
 def _show_version(wanted: bool) -> None:
@@ -101,6 +110,13 @@ def reconstruct(
         Camera,
         typer.Option(help="Which images share intrinsics; auto: equal size, EXIF camera, focal."),
     ] = Camera.auto,
+    refine: Annotated[
+        Refine,
+        typer.Option(
+            help="How photos at full size correct the cameras: ba: bundle adjustment, sfm: anew "
+            "from matches; auto: what explains held-out tracks best, else the prediction."
+        ),
+    ] = Refine.auto,
     format: Annotated[  # noqa: A002  the option's name
         list[Format] | None, typer.Option(help="Further files; may be given several times.")
     ] = None,
@@ -135,9 +151,9 @@ def reconstruct(
     """Cameras, depth and points from photos, as a COLMAP scene.
 
     Writes OUT/sparse/0 (world-to-camera, OpenCV axes, pixels of OUT/images), OUT/points.ply,
-    OUT/confidence, OUT/report.json and OUT/scene.html (vggt view shows it); prints OUT. The first
-    image is the origin, the scale is arbitrary. For Gaussian splatting give the trainer OUT as it
-    is (gsplat: --data-factor 1).
+    OUT/depth, OUT/confidence, OUT/report.json and OUT/scene.html (vggt view shows it); prints OUT.
+    The first image is the origin, the scale is arbitrary. For Gaussian splatting give the trainer
+    OUT as it is (gsplat: --data-factor 1).
     """
     speak(quiet, verbose)
     from vggt_cli.formats import export
@@ -150,6 +166,7 @@ def reconstruct(
         confidence=confidence,
         resolution=resolution,
         camera=camera.value,
+        refine=refine.value,
         save_tokens=save_tokens,
         seed=seed,
         strict=strict,

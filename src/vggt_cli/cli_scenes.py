@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import tempfile
 import webbrowser
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vggt_cli.terminal import speak
+from vggt_cli.errors import InputError
+from vggt_cli.terminal import Progress, speak
 
 if TYPE_CHECKING:
     from vggt_cli.learning.compare import Comparison
@@ -100,6 +102,76 @@ def _rows(found: Comparison) -> list[tuple[str, str, str]]:
             ("chamfer", f"{p.chamfer:.4g}", "units of B, mean of both means"),
         ]
     return rows
+
+
+class Method(enum.StrEnum):
+    """What may correct the cameras."""
+
+    auto = "auto"
+    ba = "ba"
+    sfm = "sfm"
+
+
+def refine(
+    scene: Annotated[Path, typer.Argument(metavar="SCENE", help=f"{MODEL} with its photos.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Scene folder to write; default: SCENE itself, if it is ours."
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the photos of a COLMAP model; default: SCENE/images."),
+    ] = None,
+    method: Annotated[
+        Method, typer.Option(help="ba: bundle adjustment, sfm: anew from matches, auto: the best.")
+    ] = Method.auto,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a scene at --out, once the new is whole.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report, not just the folder.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the tracks held out, and of what is drawn.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, help="More words; -vv: tracebacks.")
+    ] = 0,
+) -> None:
+    """Correct the cameras of a finished scene by features of its photos at full size.
+
+    Cameras change only where tracks held out from the work are explained better. A scene of vggt
+    gets depth and points that follow, and is exchanged once the new one is whole. Any other COLMAP
+    model is only read: --out says where the result goes.
+    """
+    speak(quiet, verbose)
+    from vggt_cli.formats import export, scene_read
+    from vggt_cli.reconstruction import pipeline
+    from vggt_cli.reconstruction.refine import RefineOptions
+
+    ours = scene_read.is_ours(scene)
+    if out is None and not ours:
+        raise InputError(f"not a scene of this tool, so never written into: {scene}", "give --out")
+    target = out or scene
+    if out is None:
+        export.refuse_strangers(scene)
+    else:
+        export.refuse_existing(out, overwrite)
+    with Progress(quiet) as progress:
+        before = scene_read.read(scene) if ours else scene_read.read_foreign(scene, images)
+        after = pipeline.refine(before, RefineOptions(method.value, seed), progress)
+        unchanged = after.refinement is not None and after.refinement.method == "none"
+        if out is not None or not unchanged:
+            progress("write", 0, 0)
+            formats = scene_read.formats(scene) if ours else []
+            html = not ours or (scene / "scene.html").is_file()
+            export.write(after, target, formats, overwrite or out is None, html=html)
+    if as_json:
+        content = json.loads((target / "report.json").read_text(encoding="utf-8"))
+        typer.echo(json.dumps({"scene": str(target.absolute()), **content}))
+    else:
+        typer.echo(target)
 
 
 def view(

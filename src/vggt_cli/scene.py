@@ -6,6 +6,7 @@ N points, K observations. Sizes are (height, width); pixel centres lie at +0.5.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,15 @@ class Photo:
     rotated: bool = False  # EXIF orientation is not 1
     camera: str = ""  # EXIF make and model
     focal_length: str = ""  # EXIF, as written
+    focal_35mm: float = 0.0  # EXIF, of a 36 x 24 mm sensor with the same view; 0: not written
+
+    @property
+    def focal_pixels(self) -> float:
+        """Focal length in pixels of the upright photo by its header; NaN where it has none.
+
+        By the diagonal, as CIPA DCG-001 has it.
+        """
+        return self.focal_35mm / math.hypot(36, 24) * math.hypot(*self.size) or math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +206,17 @@ class Provenance:
 
 
 @dataclass(frozen=True, eq=False)
+class Refinement:
+    """What became of the predicted cameras; report.json holds the two reports as they are."""
+
+    method: str  # "none": the predicted cameras were kept
+    predicted: Cameras  # source pixels
+    radial: Tensor  # [S] float64 of the lenses, see `geometry.distort`; taken out of the images
+    report: Mapping[str, Any]
+    images: tuple[Mapping[str, Any], ...]  # [S]
+
+
+@dataclass(frozen=True, eq=False)
 class Scene:
     """A finished reconstruction in memory; `formats.export` writes it."""
 
@@ -203,9 +224,12 @@ class Scene:
     images: ImageSet
     prediction: Prediction
     camera_of_image: tuple[int, ...]  # [S] frames with equal numbers share a camera
-    cloud: PointCloud  # for COLMAP, with observations
-    dense: PointCloud  # for points.ply
+    tracks: Tracks  # for COLMAP, in source pixels
+    rgb: Tensor  # [N, 3] uint8 sRGB of their points
+    dense: PointCloud | None  # for points.ply; None: no depth is known, and all of it is 0
     made_by: Provenance
     unreadable: tuple[tuple[str, str], ...] = ()  # (name, reason) of photos left out
     warnings: tuple[str, ...] = ()
     scale: Literal["arbitrary", "metric"] = "arbitrary"
+    seen_in: Literal["depth", "image"] = "depth"  # what says that a pixel shows a track's point
+    refinement: Refinement | None = None  # None: not asked for

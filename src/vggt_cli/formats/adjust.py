@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vggt_cli.errors import GeometryError
 from vggt_cli.formats.colmap import Array, pycolmap
-from vggt_cli.geometry import quaternion_from_rotation
+from vggt_cli.geometry import project_tracks, quaternion_from_rotation
 from vggt_cli.scene import Cameras, Setup, Tracks
 
 MIN_MATCHES = 15  # of a pair of images, to be verified
@@ -78,7 +78,22 @@ def bundle_adjust(setup: Setup, tracks: Tracks, how: Adjustment) -> Setup:
         summary = module.create_default_bundle_adjuster(options, config, model).solve()
         if not summary.is_solution_usable():
             raise GeometryError("bundle adjustment found no solution")
-        return _read_back(model, setup, frames)
+        xyz = np.stack([model.point3D(n + 1).xyz for n in range(len(tracks.xyz))])
+        return _in_front(_read_back(model, setup, frames), tracks, torch.from_numpy(xyz))
+
+
+def _in_front(setup: Setup, tracks: Tracks, xyz: Tensor) -> Setup:
+    """The cameras with the points `xyz` [N, 3] before them, not all behind.
+
+    The scale is free, and a long step may turn it negative; projections stay as they were.
+    """
+    _, z = project_tracks(Tracks(xyz, tracks.point, tracks.frame, tracks.xy), setup.cameras)
+    if int((z < 0).sum()) <= len(z) / 2:
+        return setup
+    R, centers = setup.cameras.extrinsics[:, :, :3], setup.cameras.centers
+    mirrored = 2 * centers[int(tracks.frame.min())] - centers  # through the one that stays
+    extrinsics = torch.cat([R, -R @ mirrored[..., None]], -1)
+    return _with(setup, extrinsics, setup.cameras.intrinsics, setup.radial)
 
 
 def resect(setup: Setup, frame: int, xy: Tensor, xyz: Tensor, limit: float) -> Tensor | None:

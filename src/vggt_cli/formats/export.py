@@ -23,12 +23,16 @@ from PIL import Image
 
 from vggt_cli import __version__
 from vggt_cli.errors import OutputError
-from vggt_cli.formats import colmap, page
+from vggt_cli.formats import colmap, page, points
 from vggt_cli.formats.images import frame_of, upright_copy
 from vggt_cli.geometry import resize
-from vggt_cli.scene import Photo, PointCloud, Scene
+from vggt_cli.scene import Photo, Scene
 
 REPORT_SCHEMA = 1
+OURS = {
+    *("images", "sparse", "points.ply", "confidence", "depth"),
+    *("report.json", "scene.html", "tokens.npz"),
+}
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
@@ -42,6 +46,16 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
     parent = _existing_parent(folder)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"cannot write into: {parent}", hint="choose another --out")
+
+
+def refuse_strangers(folder: Path) -> None:
+    """Raise OutputError where `folder` holds what a new scene in its place would not."""
+    strangers = sorted({path.name for path in _entries(folder)} - OURS)
+    if strangers:
+        raise OutputError(
+            f"files that are not ours would be lost: {folder}: {', '.join(strangers[:5])}",
+            hint="move them, or give --out",
+        )
 
 
 def _entries(folder: Path) -> Iterator[Path]:
@@ -61,7 +75,7 @@ def write(
     overwrite: bool = False,
     html: bool = True,
 ) -> None:
-    """The scene folder: COLMAP model, points.ply, confidence maps, report.json and `formats`.
+    """The scene folder: COLMAP model, points.ply, maps, report.json and `formats`.
 
     With `html` also scene.html, the page that shows it.
 
@@ -74,8 +88,10 @@ def write(
         _write_images(scene.photos, files, draft / "images")
         model = as_colmap(scene, files)
         colmap.write(model, draft / "sparse" / "0")
-        write_ply(scene.dense, draft / "points.ply")
-        _write_confidence(scene, files, draft / "confidence")
+        if scene.dense is not None:
+            points.write_cloud(scene.dense, draft / "points.ply")
+            _write_confidence(scene, files, draft / "confidence")
+            _write_depth(scene, files, draft / "depth")
         for name in formats:
             WRITERS[name](scene, model, draft)
         if html:
@@ -158,38 +174,22 @@ def _if_possible() -> contextlib.suppress:
 
 def as_colmap(scene: Scene, files: Sequence[str]) -> colmap.Model:
     """The COLMAP model of a scene in pixels of its files, which are the upright sources."""
-    images, tracks = scene.images, scene.cloud.observations
-    assert tracks is not None
+    images = scene.images
     cameras = resize(scene.prediction.cameras, images.source_from_network, images.source_size)
     return colmap.Model(
-        tuple(files), cameras, scene.camera_of_image, tracks, scene.cloud.rgb.numpy()
+        tuple(files), cameras, scene.camera_of_image, scene.tracks, scene.rgb.numpy()
     )
 
 
 def as_page(scene: Scene, model: colmap.Model, title: str) -> page.Page:
-    """The page of a scene: its dense cloud, and the cameras under the names of their files."""
-    cloud = scene.dense
-    return page.Page(title, model.names, model.cameras, cloud.xyz, cloud.rgb, cloud.confidence)
-
-
-def write_ply(cloud: PointCloud, path: Path) -> None:
-    """Binary little-endian: x y z nx ny nz float32, red green blue uint8, confidence float32."""
-    fields = [("xyz", "<f4", 3), ("normal", "<f4", 3), ("rgb", "u1", 3), ("confidence", "<f4")]
-    vertices = np.empty(len(cloud), fields)
-    vertices["xyz"], vertices["normal"] = cloud.xyz.numpy(), cloud.normals.numpy()
-    vertices["rgb"], vertices["confidence"] = cloud.rgb.numpy(), cloud.confidence.numpy()
-    names = ["x", "y", "z", "nx", "ny", "nz"]
-    header = [
-        "ply",
-        "format binary_little_endian 1.0",
-        "comment OpenCV axes of the first camera: x right, y down, z forward",
-        f"element vertex {len(vertices)}",
-        *(f"property float {name}" for name in names),
-        *(f"property uchar {name}" for name in ("red", "green", "blue")),
-        "property float confidence",
-        "end_header",
-    ]
-    path.write_bytes("\n".join([*header, ""]).encode("ascii") + vertices.tobytes())
+    """The page of a scene: its densest cloud, and the cameras under the names of their files."""
+    cloud, done = scene.dense, scene.refinement
+    before = done.predicted if done and done.method != "none" else None
+    if cloud is None:
+        xyz, rgb, confidence = scene.tracks.xyz, scene.rgb, None
+    else:
+        xyz, rgb, confidence = cloud.xyz, cloud.rgb, cloud.confidence
+    return page.Page(title, model.names, model.cameras, xyz, rgb, confidence, before)
 
 
 def _write_confidence(scene: Scene, files: Sequence[str], folder: Path) -> None:
@@ -208,14 +208,14 @@ def _write_confidence(scene: Scene, files: Sequence[str], folder: Path) -> None:
         Image.fromarray(pixels).save(folder / f"{file}.png")
 
 
-def _write_depth(scene: Scene, model: colmap.Model, folder: Path) -> None:
-    """Per frame depth/NAME.npy: z-depth in scene units, float16, in the pixels of confidence/."""
-    (folder / "depth").mkdir()
-    for frame, file in enumerate(model.names):
+def _write_depth(scene: Scene, files: Sequence[str], folder: Path) -> None:
+    """Per frame NAME.npy: z-depth in scene units, float16, in the pixels of confidence/."""
+    folder.mkdir()
+    for frame, file in enumerate(files):
         rows, columns = frame_of(scene.images, frame)
         depth = scene.prediction.depth[frame, rows, columns]
         largest = torch.finfo(torch.float16).max
-        np.save(folder / "depth" / f"{file}.npy", depth.clamp(max=largest).half().numpy())
+        np.save(folder / f"{file}.npy", depth.clamp(max=largest).half().numpy())
 
 
 def _write_tokens(scene: Scene, model: colmap.Model, folder: Path) -> None:
@@ -235,7 +235,6 @@ def _write_colmap_text(scene: Scene, model: colmap.Model, folder: Path) -> None:
 
 WRITERS: dict[str, Callable[[Scene, colmap.Model, Path], None]] = {
     "colmap-txt": _write_colmap_text,
-    "depth": _write_depth,
     "tokens": _write_tokens,
 }
 
@@ -257,10 +256,11 @@ def report(scene: Scene, model: colmap.Model) -> dict[str, Any]:
             "world": "the first image's camera is the origin",
         },
         "scale": scene.scale,
-        "tracks": "depth",
+        "tracks": scene.seen_in,
+        "refinement": None if scene.refinement is None else dict(scene.refinement.report),
         "points": {
-            "sparse": len(scene.cloud),
-            "dense": len(scene.dense),
+            "sparse": len(tracks.xyz),
+            "dense": 0 if scene.dense is None else len(scene.dense),
             "seen_by_two_or_more": float((length >= 2).float().mean()),
             "mean_track_length": float(length.float().mean()),
             "mean_error_pixels": float(model.point_errors().mean()),
@@ -293,13 +293,16 @@ def _image_report(scene: Scene, model: colmap.Model, frame: int) -> dict[str, An
             "cy": float(k[1, 2]),
         },
         "image_from_map": (scene.images.source_from_network[frame] @ into_map).tolist(),
-        "confidence": {
+        "confidence": None
+        if scene.dense is None
+        else {
             "min": float(confidence.min()),
             "median": float(confidence.median()),
             "max": float(confidence.max()),
         },
         "observations": int((model.tracks.frame == frame).sum()),
         "rewritten": photo.rotated,
+        "refinement": None if scene.refinement is None else scene.refinement.images[frame],
     }
 
 

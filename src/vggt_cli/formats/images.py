@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -129,11 +130,11 @@ def load(
     progress: called with the number of files decoded so far.
     Raises InputError if no file can be read.
     """
-    Image.MAX_IMAGE_PIXELS = None  # people's own photos: panoramas pass Pillow's bomb limit
     decoded: list[tuple[Photo, Tensor]] = []
     unreadable = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        results = threads.map(lambda path: _read(root, path, shaping), paths)
+        shape = partial(network_size, shaping=shaping)
+        results = threads.map(lambda path: _read(path, _name(root, path), shape), paths)
         for done, (path, result) in enumerate(zip(paths, results, strict=True), 1):
             if isinstance(result, str):
                 unreadable.append((_name(root, path), result))
@@ -144,27 +145,46 @@ def load(
     if not decoded:
         reasons = "; ".join(f"{name}: {why}" for name, why in unreadable[:3])
         raise InputError(f"none of {len(paths)} images can be read: {reasons}", hint=KINDS)
+    return _together(decoded, unreadable)
+
+
+def load_sized(
+    paths: Sequence[Path], names: Sequence[str], sizes: Sequence[tuple[int, int]]
+) -> Loaded:
+    """The photos called `names`, each at its own network size. Raises InputError for a bad one."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        known = [lambda _, size=size: size for size in sizes]
+        results = list(threads.map(_read, paths, names, known))
+    for path, result in zip(paths, results, strict=True):
+        if isinstance(result, str):
+            raise InputError(f"cannot be read: {path} ({result})", hint=KINDS)
+    return _together([x for x in results if not isinstance(x, str)], [])
+
+
+def _together(
+    decoded: Sequence[tuple[Photo, Tensor]], unreadable: Sequence[tuple[str, str]]
+) -> Loaded:
     photos = tuple(photo for photo, _ in decoded)
-    images = stack([photo.name for photo in photos], [x for _, x in decoded], _sizes(photos))
+    source_size = torch.tensor([photo.size for photo in photos])
+    images = stack([photo.name for photo in photos], [x for _, x in decoded], source_size)
     return Loaded(images, photos, tuple(unreadable))
-
-
-def _sizes(photos: Iterable[Photo]) -> Tensor:
-    return torch.tensor([photo.size for photo in photos])
 
 
 def _name(root: Path, path: Path) -> str:
     return path.absolute().relative_to(root.absolute()).as_posix()
 
 
-def _read(root: Path, path: Path, shaping: Shaping) -> tuple[Photo, Tensor] | str:
+def _read(
+    path: Path, name: str, shape: Callable[[tuple[int, int]], tuple[int, int]]
+) -> tuple[Photo, Tensor] | str:
     """The photo with its RGBA pixels [4, h, w] uint8 at network size, or why it cannot be read."""
+    Image.MAX_IMAGE_PIXELS = None  # people's own photos: panoramas pass Pillow's bomb limit
     try:
         with Image.open(path) as image:
             exif = image.getexif()
             rotated = exif.get(ExifTags.Base.Orientation, 1) in range(2, 9)
-            photo = Photo(path, _name(root, path), _upright_size(image), rotated, *_camera(exif))
-            size = network_size(photo.size, shaping)
+            photo = Photo(path, name, _upright_size(image), rotated, *_camera(exif))
+            size = shape(photo.size)
             h, w = size if image.size == photo.size[::-1] else size[::-1]  # as stored
             image.draft(None, (w * DRAFT_OVERSAMPLING, h * DRAFT_OVERSAMPLING))  # JPEG alone
             image.load()
@@ -186,7 +206,7 @@ def window(
     """
     upright = _upright(path)
     if upright.size != source_size[::-1]:
-        found, wanted = _words(upright.size[::-1]), _words(source_size)
+        found, wanted = words(upright.size[::-1]), words(source_size)
         raise InputError(f"the photo is {found}, its camera {wanted}: {path}")
     rgba = torch.from_numpy(resized(upright, size, box))
     return rgba[:3].float() / 255, rgba[3] >= 128
@@ -243,10 +263,16 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image.convert("RGBA" if transparent else "RGB")
 
 
-def _camera(exif: Image.Exif) -> tuple[str, str]:
+def _camera(exif: Image.Exif) -> tuple[str, str, float]:
+    """Make and model, focal length as written, and that of the same view on 36 x 24 mm or 0."""
     make, model = (str(exif.get(tag, "")).strip(" \0") for tag in (0x010F, 0x0110))
-    focal = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.FocalLength, "")
-    return f"{make} {model}".strip(), str(focal)
+    details = exif.get_ifd(ExifTags.IFD.Exif)
+    try:
+        equivalent = float(details.get(ExifTags.Base.FocalLengthIn35mmFilm, 0))
+    except (TypeError, ValueError, ZeroDivisionError):
+        equivalent = 0.0
+    focal = str(details.get(ExifTags.Base.FocalLength, ""))
+    return f"{make} {model}".strip(), focal, equivalent if 0 < equivalent < 1e4 else 0.0
 
 
 def resized(
@@ -308,33 +334,8 @@ def upright_sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
     return sizes
 
 
-def camera_groups(photos: Sequence[Photo], mode: str) -> list[int]:
-    """For each photo the number of the camera that took it, counted in order of appearance.
-
-    mode: "auto" (equal size, EXIF camera and focal length), "per-image", "shared" (one for all)
-    or "per-folder". Raises InputError where photos of different size would share a camera.
-    """
-    key_of: dict[str, Callable[[Photo], object]] = {
-        "auto": lambda photo: (photo.size, photo.camera, photo.focal_length),
-        "per-image": lambda photo: photo.name,
-        "shared": lambda photo: "one for all",
-        "per-folder": lambda photo: photo.name.rpartition("/")[0],
-    }
-    keys = [key_of[mode](photo) for photo in photos]
-    first: dict[object, int] = {}
-    for i, key in enumerate(keys):
-        other = photos[first.setdefault(key, i)]
-        if photos[i].size != other.size:
-            raise InputError(
-                f"one camera for photos of different size: {other.name} is {_words(other.size)}, "
-                f"{photos[i].name} is {_words(photos[i].size)}",
-                hint="use --camera auto or --camera per-image",
-            )
-    number = {key: n for n, key in enumerate(first)}
-    return [number[key] for key in keys]
-
-
-def _words(size: tuple[int, int]) -> str:
+def words(size: tuple[int, int]) -> str:
+    """Width and height as people write them."""
     return f"{size[1]} x {size[0]}"
 
 

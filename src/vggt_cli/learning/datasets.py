@@ -152,7 +152,7 @@ class PhotoScene:
         large = usable & (torch.bincount(labels)[labels] >= count)
         if not large.any():
             found = f"no {count} frames with depth that overlap: {self.folder}"
-            raise InputError(found, "vggt reconstruct --format depth writes depth")
+            raise InputError(found, "vggt reconstruct writes depth")
         chosen = [_one_of(random, large)]
         while len(chosen) < count:
             near = linked[chosen].any(0)
@@ -164,7 +164,7 @@ class PhotoScene:
 def open_scene(folder: Path) -> PhotoScene:
     """The scene in `folder`: images/ with a model in reference/, sparse/0/ or sparse/.
 
-    Depth is found where `vggt reconstruct --format depth` writes it (depth/NAME.npy, with
+    Depth is found where `vggt reconstruct` writes it (depth/NAME.npy, with
     confidence/NAME.npy) and where COLMAP does (stereo/depth_maps/NAME.geometric.bin or
     .photometric.bin), of any size; photos may lack it.
     Raises InputError if there is no model, or it cannot be read, or a photo is missing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,15 +40,10 @@ def follow(
     tracks, cameras: refined, in source pixels. source_from_network: [S, 3, 3], as in ImageSet.
     A frame that sees too few points takes the median scale of the others.
     """
-    H, W = depth.shape[1:]
     _, z = project_tracks(tracks, cameras)
-    frame = tracks.frame.long()
-    network_from_source = torch.linalg.inv(source_from_network.double())[frame]
-    xy = torch.cat([tracks.xy.double(), torch.ones_like(z)[:, None]], -1)
-    column, row = (network_from_source @ xy[..., None])[:, :2, 0].floor().long().unbind(-1)
-    inside = (column >= 0) & (column < W) & (row >= 0) & (row < H) & (z > 0)
-    at = depth[frame, row.clamp(0, H - 1), column.clamp(0, W - 1)].double()
-    usable = inside & at.isfinite() & (at > 0)
+    frame, row, column = network_pixels(tracks, source_from_network, depth.shape[1:])
+    at = depth[frame, row, column].double()
+    usable = at.isfinite() & (at > 0) & (z > 0)
     fits = []
     for i in range(len(depth)):
         chosen = usable & (frame == i)
@@ -59,6 +55,17 @@ def follow(
     scale, shift = (torch.tensor([getattr(f, n) for f in fits]) for n in ("scale", "shift"))
     followed = depth * scale.to(depth)[:, None, None] + shift.to(depth)[:, None, None]
     return torch.where(depth > 0, followed, depth), fits
+
+
+def network_pixels(
+    tracks: Tracks, source_from_network: Tensor, size: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Frame, row and column [K] of the network's pixel of each observation, in maps of `size`."""
+    frame = tracks.frame.long()
+    network_from_source = torch.linalg.inv(source_from_network.double())[frame]
+    xy = torch.cat([tracks.xy.double(), torch.ones(len(frame), 1, dtype=torch.float64)], -1)
+    column, row = (network_from_source @ xy[..., None])[:, :2, 0].floor().long().unbind(-1)
+    return frame, row.clamp(0, size[0] - 1), column.clamp(0, size[1] - 1)
 
 
 def fit(predicted: Tensor, refined: Tensor, lowest: float = 0.0) -> DepthFit:

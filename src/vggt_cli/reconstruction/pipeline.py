@@ -9,19 +9,27 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from vggt_cli import device as devices
 from vggt_cli.errors import InputError, MemoryExceeded
 from vggt_cli.formats import images as photos
-from vggt_cli.geometry import share_intrinsics
+from vggt_cli.formats.lenses import camera_groups
+from vggt_cli.geometry import resize, share_intrinsics
 from vggt_cli.models import weights
 from vggt_cli.models.catalog import CATALOG, Entry
+from vggt_cli.models.networks import Network
+from vggt_cli.reconstruction.detect import cache_folder
 from vggt_cli.reconstruction.fuse import FuseOptions, fuse
+from vggt_cli.reconstruction.improve import Improved, colored, improve
+from vggt_cli.reconstruction.pairs import guess, guess_from_tracks
 from vggt_cli.reconstruction.predict import predict
-from vggt_cli.scene import Prediction, Provenance, Scene, Shaping
+from vggt_cli.reconstruction.refine import RefineOptions
+from vggt_cli.reconstruction.tracks import follow
+from vggt_cli.scene import ImageSet, PointCloud, Prediction, Provenance, Scene, Shaping, Tracks
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +51,8 @@ class Options:
     points: int = 200_000  # at most, in sparse/0
     confidence: float = 20.0  # percent of the pixels, the least sure, that are dropped
     resolution: int | None = None  # pixels; None: what the weights were trained at
-    camera: str = "auto"  # which images share intrinsics: see images.camera_groups
+    camera: str = "auto"  # which images share intrinsics: see lenses.camera_groups
+    refine: Literal["auto", "none", "ba", "sfm"] = "auto"  # see refine.RefineOptions
     save_tokens: bool = False  # also the text embedding, where the weights have one
     seed: int = 0
     strict: bool = False  # a photo that cannot be read stops the run
@@ -100,20 +109,22 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
         raise InputError(f"cannot be read: {name} ({why})", hint="leave out --strict to go on")
     H, W = loaded.images.size
     stages.work = f"{len(loaded.images)} images of {W} x {H}"
-    group = photos.camera_groups(loaded.photos, options.camera)
+    group = camera_groups(loaded.photos, options.camera)
     with stages.stage("load weights"):
-        heads = ("text",) if options.save_tokens else ()
+        heads = ["text"] * options.save_tokens + ["track"] * (options.refine != "none")
         network, used = weights.load(
             options.model, device, dtype, heads, partial(progress, "load weights")
         )
     with stages.stage("predict"):
         prediction = predict(network, loaded.images)
     prediction = _with_shared_cameras(prediction, group)
+    improved = Improved(prediction, None)
+    if options.refine != "none":
+        improved = _improved(loaded, prediction, network, options, stages)
+        warnings += _words(loaded, improved)
+    prediction = improved.prediction
     with stages.stage("fuse"):
-        how = FuseOptions(options.points, options.confidence, options.seed)
-        cloud = fuse(prediction, loaded.images, how)
-        wide = dataclasses.replace(how, points=max(DENSE_POINTS, options.points))
-        dense = fuse(prediction, loaded.images, wide, observe=False)
+        tracks, rgb, dense = _points(loaded, improved, options)
     made_by = Provenance(
         used.name,
         used.sha256,
@@ -130,11 +141,61 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
         loaded.images,
         prediction,
         tuple(group),
-        cloud,
+        tracks,
+        rgb,
         dense,
         made_by,
         loaded.unreadable,
         tuple(warnings),
+        seen_in="depth" if improved.tracks is None else "image",
+        refinement=improved.refinement,
+    )
+
+
+def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) -> Scene:
+    """A finished scene with cameras that its photos confirm; depth follows and is fused again.
+
+    Where they confirm none that are better, the scene as it was, with the reasons in `refinement`.
+    """
+    stages = _Stages(torch.device("cpu"), progress)
+    loaded = photos.Loaded(scene.images, scene.photos, scene.unreadable)
+    before = scene.prediction
+    with stages.stage("find tracks"):
+        guessed = guess(before, scene.images)
+        if scene.dense is None:
+            source = resize(
+                before.cameras, scene.images.source_from_network, scene.images.source_size
+            )
+            guessed = guess_from_tracks(source, scene.tracks)
+        found = follow(scene.photos, scene.images, guessed, None, cache_folder(), progress)
+    with stages.stage("refine"):
+        improved = improve(loaded, before, list(scene.camera_of_image), found, options)
+    warnings = (*scene.warnings, *_words(loaded, improved))
+    if improved.tracks is None:
+        return dataclasses.replace(scene, refinement=improved.refinement)
+    known = scene.made_by.options
+    again = Options(
+        **{f.name: known[f.name] for f in dataclasses.fields(Options) if f.name in known}
+    )
+    with stages.stage("fuse"):
+        tracks, rgb = colored(improved.tracks, scene.images, again.points)
+        dense = scene.dense and _dense(improved.prediction, scene.images, again)
+    made_by = dataclasses.replace(
+        scene.made_by,
+        options={**known, "refine": options.method},
+        seconds={**scene.made_by.seconds, **stages.seconds},
+        peak_memory={**scene.made_by.peak_memory, **stages.peak_memory},
+    )
+    return dataclasses.replace(
+        scene,
+        prediction=improved.prediction,
+        tracks=tracks,
+        rgb=rgb,
+        dense=dense,
+        made_by=made_by,
+        warnings=warnings,
+        seen_in="image",
+        refinement=improved.refinement,
     )
 
 
@@ -179,6 +240,61 @@ def _with_shared_cameras(prediction: Prediction, group: list[int]) -> Prediction
     return dataclasses.replace(prediction, cameras=share_intrinsics(prediction.cameras, group))
 
 
+def _improved(
+    loaded: photos.Loaded,
+    prediction: Prediction,
+    network: Network,
+    options: Options,
+    stages: _Stages,
+) -> Improved:
+    with stages.stage("find tracks"):
+        guessed = guess(prediction, loaded.images)
+        seen = loaded.photos, loaded.images, guessed
+        found = follow(*seen, network, cache_folder(), stages.progress)
+    with stages.stage("refine"):
+        group = camera_groups(loaded.photos, options.camera)
+        assert options.refine != "none"
+        return improve(
+            loaded, prediction, group, found, RefineOptions(options.refine, options.seed)
+        )
+
+
+def _points(
+    loaded: photos.Loaded, improved: Improved, options: Options
+) -> tuple[Tracks, Tensor, PointCloud]:
+    """Tracks and colours for COLMAP, and the points of points.ply."""
+    how = FuseOptions(options.points, options.confidence, options.seed)
+    dense = _dense(improved.prediction, loaded.images, options)
+    if improved.tracks is not None:
+        return *colored(improved.tracks, loaded.images, options.points), dense
+    cloud = fuse(improved.prediction, loaded.images, how)
+    assert cloud.observations is not None
+    return cloud.observations, cloud.rgb, dense
+
+
+def _dense(prediction: Prediction, images: ImageSet, options: Options) -> PointCloud:
+    points = max(DENSE_POINTS, options.points)
+    how = FuseOptions(points, options.confidence, options.seed)
+    return fuse(prediction, images, how, observe=False)
+
+
+def _words(loaded: photos.Loaded, improved: Improved) -> list[str]:
+    """Say which cameras were chosen and why; warnings for photos that did not take part."""
+    done = improved.refinement
+    assert done is not None
+    kept = "kept" if done.method == "none" else f"refined by {done.method}"
+    log.info("cameras %s; %s", kept, done.report["reason"])
+    warnings = []
+    rows = list(zip(loaded.images.names, done.images, strict=True))
+    if moved := [name for name, row in rows if row["pose"] == "re-aligned"]:
+        warnings.append(f"predicted pose moved with the others, not refined: {', '.join(moved)}")
+    if bent := [name for name, row in rows if row["depth_disagrees"]]:
+        warnings.append(f"depth does not have the shape of the points: {', '.join(bent)}")
+    for words in warnings:
+        log.warning(words)
+    return warnings
+
+
 def plan(source: str, options: Options) -> dict[str, Any]:
     """What `reconstruct` would do, without loading weights or decoding images."""
     device = devices.choose(options.device)
@@ -199,5 +315,6 @@ def plan(source: str, options: Options) -> dict[str, Any]:
         "device": str(device),
         "dtype": str(devices.compute_dtype(device)).removeprefix("torch."),
         "points": options.points,
+        "refine": options.refine,
         "warnings": warnings,
     }
