@@ -67,8 +67,9 @@ BESIDE = {
     "reconstruction": {
         "predict": set(),
         "fuse": set(),
-        "improve": {"depth", "refine", "tracks"},
-        "pipeline": {"predict", "fuse", "detect", "improve", "pairs", "refine", "tracks"},
+        "improve": {"depth", "priors", "refine", "tracks"},
+        "given": {"improve", "priors", "scale"},
+        "pipeline": {"predict", "fuse", "detect", "given", "improve", "pairs", "refine", "tracks"},
         "matches": set(),
         "pairs": {"matches"},
         "detect": set(),

@@ -121,6 +121,17 @@ def focal_differs(given: Tensor, predicted: Tensor, names: Sequence[str]) -> str
     )
 
 
+def misread(poses: Poses, names: Sequence[str], predicted: Tensor) -> bool:
+    """The poses seem to be other than their format says; `place` decides, best with tracks.
+
+    predicted: [S, 3, 4] extrinsics of all photos.
+    """
+    partner = pair(names, poses.names)
+    return (
+        len(partner) > 1 and mistake(poses, [*partner.values()], predicted[[*partner]]) is not None
+    )
+
+
 def place(
     poses: Poses, names: Sequence[str], predicted: Cameras, tracks: Tracks | None = None
 ) -> Placed:

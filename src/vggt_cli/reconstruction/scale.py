@@ -122,22 +122,32 @@ def from_gps(cameras: Cameras, photos: Sequence[Photo]) -> Metric:
     fits better, or where a photo has no altitude. Raises InputError for fewer than three
     positions, or all at one place.
     """
-    found = [headers.gps(photo.path) for photo in photos]
-    has = torch.tensor([position is not None for position in found])
-    if int(has.sum()) < FEW:
-        words = f"{int(has.sum())} of {len(photos)} photos have a GPS position in EXIF"
-        raise InputError(f"{words}; {FEW} are needed for --scale-from gps", FORMS)
-    places = torch.tensor([p for p in found if p is not None], dtype=torch.float64)
-    here = cameras.centers[has].double()
-    flat = places.clone()
+    there = places(photos)
+    has = ~there[:, 0].isnan()
+    here, there = cameras.centers[has].double(), there[has]
+    flat = there.clone()
     flat[:, 2] = 0.0
-    tries = [flat, places] if places.isfinite().all() else [flat]
+    tries = [flat, there] if there.isfinite().all() else [flat]
     try:
         fits = [_fit_robustly(here, east_north_up(place)) for place in tries]
     except GeometryError as error:
         raise InputError(f"GPS positions fix no scale: {error}", FORMS) from error
-    factor, distance, there = min(fits, key=lambda fit: float(fit[1].quantile(0.5)))
-    return _metric(factor, "gps", distance, there)
+    factor, distance, metres = min(fits, key=lambda fit: float(fit[1].quantile(0.5)))
+    return _metric(factor, "gps", distance, metres)
+
+
+def places(photos: Sequence[Photo]) -> Tensor:
+    """[S, 3] latitude, longitude (degrees) and altitude (metres) from EXIF; NaN: not there.
+
+    Raises InputError for fewer than three photos with a position.
+    """
+    found = [headers.gps(photo.path) or (math.nan,) * 3 for photo in photos]
+    said = torch.tensor(found, dtype=torch.float64)
+    count = int((~said[:, 0].isnan()).sum())
+    if count < FEW:
+        words = f"{count} of {len(photos)} photos have a GPS position in EXIF"
+        raise InputError(f"{words}; {FEW} are needed for --scale-from gps", FORMS)
+    return said
 
 
 def _metric(
@@ -161,18 +171,18 @@ def _fit_robustly(here: Tensor, there: Tensor) -> tuple[float, Tensor, Tensor]:
     return fit.scale, distance, there
 
 
-def east_north_up(places: Tensor) -> Tensor:
-    """[P, 3] metres east, north and up of the first of `places` [P, 3].
+def east_north_up(there: Tensor) -> Tensor:
+    """[P, 3] metres east, north and up of the first of the places `there` [P, 3].
 
-    places: latitude and longitude in degrees on WGS 84, height in metres.
+    there: latitude and longitude in degrees on WGS 84, height in metres.
     Source: EPSG Guidance Note 7-2, methods 9602 (geographic to geocentric) and 9836 (geocentric to
     topocentric).
     """
-    latitude, longitude = places[:, :2].deg2rad().unbind(-1)
+    latitude, longitude = there[:, :2].deg2rad().unbind(-1)
     squared = FLATTENING * (2 - FLATTENING)
     radius = AXIS / (1 - squared * latitude.sin().square()).sqrt()
-    level = (radius + places[:, 2]) * latitude.cos()
-    up = (radius * (1 - squared) + places[:, 2]) * latitude.sin()
+    level = (radius + there[:, 2]) * latitude.cos()
+    up = (radius * (1 - squared) + there[:, 2]) * latitude.sin()
     geocentric = torch.stack([level * longitude.cos(), level * longitude.sin(), up], -1)
     sin_lat, cos_lat = latitude[0].sin(), latitude[0].cos()
     sin_lon, cos_lon = longitude[0].sin(), longitude[0].cos()
