@@ -81,7 +81,7 @@ BESIDE = {
         "judge": {"triangulate"},
         "bundle": {"align", "triangulate", "judge"},
         "refine": {"triangulate", "judge", "bundle"},
-        "readings": set(),
+        "readings": {"judge"},
         "priors": {"align", "judge", "readings", "refine"},
         "scale": {"align"},
     },

@@ -18,8 +18,14 @@ from vggt_cli.formats import colmap, colmap_read
 from vggt_cli.formats.names import pair
 from vggt_cli.formats.priors import Lenses, Poses, read_intrinsics, read_poses
 from vggt_cli.geometry import invert, move, rotation_from_quaternion
-from vggt_cli.reconstruction.priors import know, place, question_intrinsics, refine_given
-from vggt_cli.reconstruction.readings import AXES, Reading, disagreement, documented, mistake
+from vggt_cli.reconstruction.priors import know, misread, place, question_intrinsics, refine_given
+from vggt_cli.reconstruction.readings import (
+    AXES,
+    Reading,
+    documented,
+    mistake,
+    predicted_witness,
+)
 from vggt_cli.reconstruction.refine import RefineOptions, refine
 from vggt_cli.scene import Cameras, Tracks
 
@@ -286,7 +292,7 @@ def test_every_misreading_of_an_asymmetric_set_is_named(
     true = scattered()
     reading = Reading(camera_to_world, axes)
     poses = written(move(true, drawn(5)), reading, transforms)
-    found = mistake(poses, list(range(7)), disturbed(true, 4, 0.08).extrinsics)
+    found = mistake(poses, list(range(7)), predicted_witness(disturbed(true, 4, 0.08).extrinsics))
     if reading == documented(poses):
         assert found is None
     else:
@@ -303,7 +309,7 @@ def test_every_misreading_of_an_asymmetric_set_is_named(
 def test_the_hint_mends_the_file(transforms: bool, axes: str, camera_to_world: bool) -> None:
     true = scattered()
     poses = written(true, Reading(camera_to_world, axes), transforms)
-    found = mistake(poses, list(range(7)), true.extrinsics)
+    found = mistake(poses, list(range(7)), predicted_witness(true.extrinsics))
     mended = poses.matrices.clone()
     for step in found.hint.split("; then ") if found else []:
         if step.startswith("invert"):
@@ -344,7 +350,7 @@ def test_a_level_circle_of_opengl_cameras_is_named_so() -> None:
     )
     true = replace(scattered(), extrinsics=extrinsics)
     poses = written(true, Reading(False, OPENGL), False)
-    found = mistake(poses, list(range(7)), extrinsics)
+    found = mistake(poses, list(range(7)), predicted_witness(extrinsics))
     assert found is not None
     assert found.reading == Reading(False, OPENGL)
 
@@ -354,23 +360,32 @@ def test_poses_of_another_order_are_no_misreading() -> None:
     poses = written(
         replace(true, extrinsics=true.extrinsics.flip(0)), Reading(False, OPENCV), False
     )
-    assert mistake(poses, list(range(7)), true.extrinsics) is None
+    assert mistake(poses, list(range(7)), predicted_witness(true.extrinsics)) is None
     placed = place(poses, NAMES, true)
     assert "disagree" in placed.warnings[0]
 
 
-def test_the_photos_have_the_last_word_on_a_misreading() -> None:
-    true = scattered()
-    wrong = Reading(False, OPENGL).extrinsics(true.extrinsics)  # of a prediction that fails
-    tracks = tracks_of(arc(7), 400)
-    poses = written(arc(7), Reading(False, OPENCV), False)
-    flipped = replace(arc(7), extrinsics=from_first(invert(arc(7).extrinsics)))
-    assert mistake(poses, list(range(7)), flipped.extrinsics) is not None
-    placed = place(poses, NAMES, flipped, tracks)
-    assert "not certain" in placed.warnings[0]
-    with pytest.raises(InputError, match="camera-to-world"):
-        place(replace(poses, matrices=invert(poses.matrices)), NAMES, arc(7), tracks)
-    assert disagreement(wrong, true.extrinsics) > 15
+def test_tracks_tell_what_poses_are_where_the_prediction_fails() -> None:
+    true, names = arc(7), NAMES
+    tracks = noisy(tracks_of(true, 400), 0.5, wrong=0.1)
+    failed = replace(true, extrinsics=from_first(invert(true.extrinsics)))  # the other way round
+    right = written(true, Reading(False, OPENCV), False)
+    assert misread(right, names, failed.extrinsics)
+    assert "disagree" in place(right, names, failed, tracks).warnings[0]
+    guessed = replace(failed, intrinsics=true.intrinsics * torch.tensor([[1.1], [1.1], [1.0]]))
+    for axes in AXES:
+        for way in (False, True):
+            if (way, axes) != (False, OPENCV):
+                wrong = written(true, Reading(way, axes), False)
+                with pytest.raises(InputError, match=r"feature tracks are .* off") as error:
+                    place(wrong, names, guessed, tracks)
+                assert Reading(way, axes).words in str(error.value)
+
+
+def test_few_photos_without_tracks_only_warn() -> None:
+    true = scattered(3)
+    wrong = written(true, Reading(True, OPENCV), False)
+    assert "not certain" in place(wrong, NAMES[:3], true).warnings[0]
 
 
 # Placed in the predicted world

@@ -165,6 +165,8 @@ def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) ->
     stages = _Stages(torch.device("cpu"), progress)
     loaded = photos.Loaded(scene.images, scene.photos, scene.unreadable)
     before = scene.prediction
+    if scene.priors.get("intrinsics", {}).get("fixed"):
+        options = dataclasses.replace(options, fixed_intrinsics=True)
     with stages.stage("find tracks"):
         guessed = guess(before, scene.images)
         if scene.dense is None:

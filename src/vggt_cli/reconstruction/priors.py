@@ -15,10 +15,10 @@ from vggt_cli.formats.names import few, pair
 from vggt_cli.formats.priors import Lenses, Poses
 from vggt_cli.geometry import move
 from vggt_cli.reconstruction.align import fit_cameras, hold_first
-from vggt_cli.reconstruction.judge import Score, hold_out, score
-from vggt_cli.reconstruction.readings import Mistake, documented, mistake
+from vggt_cli.reconstruction.judge import Score
+from vggt_cli.reconstruction.readings import mistake, predicted_witness, track_witness
 from vggt_cli.reconstruction.refine import GOOD, Refined, RefineOptions, refine
-from vggt_cli.scene import Cameras, Setup, Tracks
+from vggt_cli.scene import Cameras, Tracks
 
 FEW = 4  # photos: with fewer, no prediction alone says that poses are misread
 FAR = (15.0, 0.25)  # degrees, share of the extent: a pose that is not where it is predicted
@@ -127,9 +127,8 @@ def misread(poses: Poses, names: Sequence[str], predicted: Tensor) -> bool:
     predicted: [S, 3, 4] extrinsics of all photos.
     """
     partner = pair(names, poses.names)
-    return (
-        len(partner) > 1 and mistake(poses, [*partner.values()], predicted[[*partner]]) is not None
-    )
+    witness = predicted_witness(predicted[[*partner]])
+    return len(partner) > 1 and mistake(poses, [*partner.values()], witness) is not None
 
 
 def place(
@@ -137,8 +136,8 @@ def place(
 ) -> Placed:
     """The given poses, brought by a similarity as close to the predicted cameras as they come.
 
-    predicted: in source pixels. tracks: feature tracks, which have the last word on whether poses
-    are misread; without them the prediction of four photos has.
+    predicted: in source pixels. tracks: feature tracks, which say whether poses are misread;
+    without them the prediction of four photos does.
     Raises InputError where fewer than two photos have a pose, and for poses that are clearly
     inverted, mirrored or of other axes than their format's: the error says which and how to mend
     it.
@@ -155,11 +154,12 @@ def place(
     if left := [name for i, name in enumerate(names) if i not in partner]:
         warnings.append(f"no pose is given for {few(left)}: predicted ones, fitted to the rest")
     given = poses.extrinsics[rows]
-    found = mistake(poses, rows, predicted.extrinsics[frames])
-    if found and _confirmed(found, poses, rows, predicted[frames], _of_frames(tracks, frames)):
+    seen = tracks and track_witness(_of_frames(tracks, frames), predicted[frames])
+    found = mistake(poses, rows, seen or predicted_witness(predicted.extrinsics[frames]))
+    if found and (seen or len(rows) >= FEW):
         raise InputError(found.words, found.hint)
     if found:
-        warnings.append(f"{found.words} (not certain: used as the format says)")
+        warnings.append(f"{found.words} (not certain with so few photos: used as the format says)")
     if bool((torch.linalg.det(given[:, :, :3]) < 0).any()):
         words = f"mirrored poses: matrices of determinant -1, left-handed axes: {poses.path}"
         raise InputError(words, "negate one column of each rotation, the one that the writer did")
@@ -173,10 +173,8 @@ def place(
     return Placed(placed, original, rotation, shift, words, tuple(warnings))
 
 
-def _of_frames(tracks: Tracks | None, frames: list[int]) -> Tracks | None:
+def _of_frames(tracks: Tracks, frames: list[int]) -> Tracks:
     """The observations in `frames`, which are numbered anew."""
-    if tracks is None:
-        return None
     number = torch.full(
         (max(*frames, int(tracks.frame.max()) if len(tracks.frame) else 0) + 1,), -1
     )
@@ -184,28 +182,6 @@ def _of_frames(tracks: Tracks | None, frames: list[int]) -> Tracks | None:
     kept = number[tracks.frame.long()] >= 0
     frame = number[tracks.frame.long()][kept].to(torch.int32)
     return Tracks(tracks.xyz, tracks.point[kept], frame, tracks.xy[kept])
-
-
-def _confirmed(
-    found: Mistake, poses: Poses, rows: list[int], predicted: Cameras, tracks: Tracks | None
-) -> bool:
-    """Feature tracks fit the other reading clearly better; without any, four photos will do."""
-    held = None if tracks is None else hold_out(tracks, 0)[0]
-    if held is None or not len(held.xyz):
-        return len(rows) >= FEW
-    readings = (found.reading, documented(poses))
-    errors = []
-    for reading in readings:
-        extrinsics = reading.extrinsics(poses.matrices[rows])
-        mirrored = torch.linalg.det(extrinsics[:, :, :3]) < 0
-        # The mirror image of the whole world, so that its cameras are possible ones.
-        mirror = torch.tensor([-1.0, 1, 1, 1], dtype=extrinsics.dtype)
-        extrinsics = torch.where(mirrored[:, None, None], extrinsics * mirror, extrinsics)
-        group = tuple(range(len(rows)))
-        cameras = Cameras(extrinsics, predicted.intrinsics.double(), predicted.image_size)
-        setup = Setup(cameras, torch.zeros(len(rows), dtype=torch.float64), group)
-        errors.append(score(setup, held).median)
-    return errors[0] < CLEARLY[1] * errors[1]
 
 
 def _moved(given: Tensor, frames: list[int], predicted: Cameras) -> Cameras:
@@ -269,7 +245,7 @@ def refine_given(
     """
     refined = refine(given, tracks, group, options, exif)
     reached = refined.verdict.after
-    if reached is None or (reached.share >= GOOD and not options.fixed_poses):
+    if reached is None or reached.share >= GOOD:
         return refined, ()
     free = dataclasses.replace(options, fixed_poses=False)
     other = refine(predicted, tracks, group, free, exif)

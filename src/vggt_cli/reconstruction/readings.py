@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vggt_cli.formats.priors import Poses
-from vggt_cli.geometry import compose, invert
+from vggt_cli.geometry import compose, invert, keep_points
+from vggt_cli.reconstruction.judge import hold_out, score
+from vggt_cli.scene import Cameras, Setup, Tracks
 
 PAIRS = 20_000  # of photos that are compared, at most
-CLOSE = 15.0  # degrees, median over pairs: a reading that agrees
-WORSE = 3.0  # times the error of the best reading, at least, and CLOSE beyond it: a mistake
+TRACKS = 500  # that are triangulated, at most
+CLOSE_DEGREES = 15.0  # median over pairs: a reading that agrees with the prediction
+CLOSE_PIXELS = 20.0  # at 1024, median: one that agrees with tracks; focal lengths are predicted
+WORSE = 3.0  # times the error of the best reading, at least, and that beyond it: a mistake
+FEW_TRACKS = 20
 SHORT = 0.01  # of the longest way between two photos: too short to have a direction
 
 QUARTER = torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
@@ -60,6 +66,19 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Witness:
+    """What tells readings apart."""
+
+    error: Callable[[Tensor], float]  # of extrinsics [P, 3, 4]; improper ones are of a mirrored set
+    close: float  # an error of a reading that agrees
+    words: str  # what the error is, with its place {}
+
+    def said(self, error: float) -> str:
+        """The error in words."""
+        return self.words.format(f"{error:.1f}")
+
+
+@dataclass(frozen=True)
 class Mistake:
     """Poses that are not what their format says, with the figures that show it."""
 
@@ -91,25 +110,51 @@ def disagreement(given: Tensor, predicted: Tensor) -> float:
     return float(error.quantile(0.5))
 
 
-def mistake(poses: Poses, rows: list[int], predicted: Tensor) -> Mistake | None:
-    """What was written instead of what `poses` should be, if the photos say so clearly.
+def predicted_witness(predicted: Tensor) -> Witness:
+    """The predicted extrinsics [P, 3, 4] of the photos."""
+    words = "pairs of photos are {} degrees from the prediction"
+    return Witness(lambda given: disagreement(given, predicted), CLOSE_DEGREES, words)
 
-    rows: P of the poses; predicted: [P, 3, 4] extrinsics of the same photos.
+
+def track_witness(tracks: Tracks, predicted: Cameras) -> Witness | None:
+    """Feature tracks of the photos; None where there are too few of them.
+
+    predicted: P cameras, whose intrinsics count. Tracks know nothing of predicted poses.
+    """
+    held = hold_out(tracks, 0)[0]
+    if len(held.xyz) < FEW_TRACKS:
+        return None
+    held = keep_points(held, torch.arange(len(held.xyz)) < TRACKS)
+    group = tuple(range(len(predicted)))
+    mirror = torch.tensor([-1.0, 1, 1, 1], dtype=torch.float64)
+
+    def error(given: Tensor) -> float:
+        # The mirror image of a world makes its improper cameras possible ones.
+        improper = (torch.linalg.det(given[:, :, :3]) < 0)[:, None, None]
+        extrinsics = torch.where(improper, given * mirror, given)
+        cameras = Cameras(extrinsics, predicted.intrinsics.double(), predicted.image_size)
+        return score(Setup(cameras, torch.zeros(len(group)).double(), group), held).median
+
+    return Witness(error, CLOSE_PIXELS, "feature tracks are {} px off (at 1024 px)")
+
+
+def mistake(poses: Poses, rows: list[int], witness: Witness) -> Mistake | None:
+    """What was written instead of what `poses` should be, if `witness` says so clearly.
+
+    rows: those of the witness's photos.
     """
     plain, matrices = documented(poses), poses.matrices[rows]
-    as_said = disagreement(plain.extrinsics(matrices), predicted)
-    errors = {
-        reading: disagreement(reading.extrinsics(matrices), predicted)
-        for reading in _simplest_first(plain)
-    }
-    limit = 1.1 * min(errors.values()) + 0.5
-    best = next(reading for reading, error in errors.items() if error <= limit)
-    if errors[best] > CLOSE or as_said < max(WORSE * errors[best], errors[best] + CLOSE):
+    errors = {r: witness.error(r.extrinsics(matrices)) for r in _simplest_first(plain)}
+    least, as_said = min(errors.values()), errors[plain]
+    best = next(r for r, error in errors.items() if error <= 1.1 * least + witness.close / 30)
+    if errors[best] > witness.close:
+        return None
+    if as_said < max(WORSE * errors[best], errors[best] + witness.close):
         return None
     words = (
-        f"the poses are not {plain.words}, but {best.words}: read so, pairs of photos are "
-        f"{errors[best]:.1f} degrees from the prediction in the median, as they should be read "
-        f"{as_said:.1f}: {poses.path}"
+        f"the poses are not {plain.words}, but {best.words}: read so, "
+        f"{witness.said(errors[best])} in the median, as they should be read {as_said:.1f}: "
+        f"{poses.path}"
     )
     return Mistake(best, words, _mend(plain, best, matrices))
 
