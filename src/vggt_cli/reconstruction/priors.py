@@ -16,7 +16,7 @@ from vggt_cli.formats.priors import Lenses, Poses
 from vggt_cli.geometry import move
 from vggt_cli.reconstruction.align import fit_cameras, hold_first
 from vggt_cli.reconstruction.judge import Score
-from vggt_cli.reconstruction.readings import mistake, predicted_witness, track_witness
+from vggt_cli.reconstruction.readings import confirms, mistake, predicted_witness, track_witness
 from vggt_cli.reconstruction.refine import GOOD, Refined, RefineOptions, refine
 from vggt_cli.scene import Cameras, Tracks
 
@@ -136,8 +136,8 @@ def place(
 ) -> Placed:
     """The given poses, brought by a similarity as close to the predicted cameras as they come.
 
-    predicted: in source pixels. tracks: feature tracks, which say whether poses are misread;
-    without them the prediction of four photos does.
+    predicted: in source pixels. tracks: feature tracks, which say whether poses are misread, or
+    confirm that the prediction says so; without them the prediction of four photos will do.
     Raises InputError where fewer than two photos have a pose, and for poses that are clearly
     inverted, mirrored or of other axes than their format's: the error says which and how to mend
     it.
@@ -155,11 +155,13 @@ def place(
         warnings.append(f"no pose is given for {few(left)}: predicted ones, fitted to the rest")
     given = poses.extrinsics[rows]
     seen = tracks and track_witness(_of_frames(tracks, frames), predicted[frames])
-    found = mistake(poses, rows, seen or predicted_witness(predicted.extrinsics[frames]))
-    if found and (seen or len(rows) >= FEW):
+    if seen and (found := mistake(poses, rows, seen)):
         raise InputError(found.words, found.hint)
-    if found:
-        warnings.append(f"{found.words} (not certain with so few photos: used as the format says)")
+    # A small thing seen from all around looks, but for perspective, as if run around backwards.
+    if found := mistake(poses, rows, predicted_witness(predicted.extrinsics[frames])):
+        if confirms(seen, found, poses, rows) if seen else len(rows) >= FEW:
+            raise InputError(found.words, found.hint)
+        warnings.append(f"{found.words} (not certain: used as the format says)")
     if bool((torch.linalg.det(given[:, :, :3]) < 0).any()):
         words = f"mirrored poses: matrices of determinant -1, left-handed axes: {poses.path}"
         raise InputError(words, "negate one column of each rotation, the one that the writer did")

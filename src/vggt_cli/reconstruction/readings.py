@@ -17,7 +17,9 @@ PAIRS = 20_000  # of photos that are compared, at most
 TRACKS = 500  # that are triangulated, at most
 CLOSE_DEGREES = 15.0  # median over pairs: a reading that agrees with the prediction
 CLOSE_PIXELS = 20.0  # at 1024, median: one that agrees with tracks; focal lengths are predicted
-WORSE = 3.0  # times the error of the best reading, at least, and that beyond it: a mistake
+WORSE = 3.0  # times the error of the best reading, at least: a mistake
+GAP_DEGREES, GAP_PIXELS = 15.0, 5.0  # and so much more than it
+CONFIRMED = 0.8  # of the error on tracks as documented: below it they confirm the prediction
 FEW_TRACKS = 20
 SHORT = 0.01  # of the longest way between two photos: too short to have a direction
 
@@ -71,6 +73,7 @@ class Witness:
 
     error: Callable[[Tensor], float]  # of extrinsics [P, 3, 4]; improper ones are of a mirrored set
     close: float  # an error of a reading that agrees
+    gap: float  # between that and the error of one that does not
     words: str  # what the error is, with its place {}
 
     def said(self, error: float) -> str:
@@ -113,7 +116,7 @@ def disagreement(given: Tensor, predicted: Tensor) -> float:
 def predicted_witness(predicted: Tensor) -> Witness:
     """The predicted extrinsics [P, 3, 4] of the photos."""
     words = "pairs of photos are {} degrees from the prediction"
-    return Witness(lambda given: disagreement(given, predicted), CLOSE_DEGREES, words)
+    return Witness(lambda given: disagreement(given, predicted), CLOSE_DEGREES, GAP_DEGREES, words)
 
 
 def track_witness(tracks: Tracks, predicted: Cameras) -> Witness | None:
@@ -135,7 +138,7 @@ def track_witness(tracks: Tracks, predicted: Cameras) -> Witness | None:
         cameras = Cameras(extrinsics, predicted.intrinsics.double(), predicted.image_size)
         return score(Setup(cameras, torch.zeros(len(group)).double(), group), held).median
 
-    return Witness(error, CLOSE_PIXELS, "feature tracks are {} px off (at 1024 px)")
+    return Witness(error, CLOSE_PIXELS, GAP_PIXELS, "feature tracks are {} px off (at 1024 px)")
 
 
 def mistake(poses: Poses, rows: list[int], witness: Witness) -> Mistake | None:
@@ -149,7 +152,7 @@ def mistake(poses: Poses, rows: list[int], witness: Witness) -> Mistake | None:
     best = next(r for r, error in errors.items() if error <= 1.1 * least + witness.close / 30)
     if errors[best] > witness.close:
         return None
-    if as_said < max(WORSE * errors[best], errors[best] + witness.close):
+    if as_said < max(WORSE * errors[best], errors[best] + witness.gap):
         return None
     words = (
         f"the poses are not {plain.words}, but {best.words}: read so, "
@@ -182,3 +185,10 @@ def _mend(wanted: Reading, found: Reading, matrices: Tensor) -> str:
         what = "of [R | t] row" if wanted.camera_to_world else "of R column"
         steps.append(f"negate {what} 1, which mirrors the world back")
     return "; then ".join(steps)
+
+
+def confirms(witness: Witness, found: Mistake, poses: Poses, rows: list[int]) -> bool:
+    """The reading of `found` has clearly less error than the documented one."""
+    readings = (found.reading, documented(poses))
+    a, b = (witness.error(reading.extrinsics(poses.matrices[rows])) for reading in readings)
+    return a < CONFIRMED * b
