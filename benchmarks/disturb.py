@@ -1,28 +1,13 @@
-"""Reference cameras disturbed, then refined on the tracks of the reference.
+"""Cameras disturbed each on its own, as starts for refinement."""
 
-    python benchmarks/disturb.py SCENE...     # folders with reference/, a COLMAP model with points
-
-Each camera is turned and moved on its own, the focal length is 3 % off, the principal point in the
-centre; three levels, three seeds. One JSON line each.
-"""
-
-import json
 import math
-import sys
-import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggt_cli.formats import colmap_read
 from vggt_cli.geometry import compose, invert
-from vggt_cli.learning.metrics import auc, relative_pose_errors
-from vggt_cli.reconstruction.refine import RefineOptions, refine
 from vggt_cli.scene import Cameras
-
-LEVELS = ((2, 0.05), (5, 0.1), (10, 0.2))  # degrees, share of the rms extent of the cameras
 
 
 def generator(seed: int) -> torch.Generator:
@@ -61,38 +46,3 @@ def disturbed(
     intrinsics[:, 1, 1] *= 1 + focal
     intrinsics[:, :2, 2] = cameras.image_size.flip(-1).double() / 2
     return Cameras(from_first(extrinsics), intrinsics, cameras.image_size)
-
-
-def measure(scene: Path, level: tuple[float, float], seed: int) -> dict[str, object]:
-    """The figures of one disturbed start."""
-    model = colmap_read.read(scene / "reference")
-    true = model.cameras
-    focal = 0.03 if seed % 2 == 0 else -0.03
-    start = disturbed(true, *level, focal=focal, seed=seed)
-    cpu = time.process_time()
-    options = RefineOptions(seed=seed)
-    refined = refine(start, model.tracks, list(model.camera_of_image), options)
-    before, after = (
-        relative_pose_errors(c.extrinsics, true.extrinsics) for c in (start, refined.cameras)
-    )
-    return {
-        "scene": scene.name,
-        "degrees": level[0],
-        "share": level[1],
-        "seed": seed,
-        "auc@5 before": round(auc(*before, 5), 1),
-        "auc@3": round(auc(*after, 3), 1),
-        "auc@5": round(auc(*after, 5), 1),
-        "focal": round(float(refined.cameras.intrinsics[0, 0, 0] / true.intrinsics[0, 0, 0]), 4),
-        "radial": round(float(refined.radial[0]), 4),
-        "processor seconds": round(time.process_time() - cpu, 1),
-        "method": refined.verdict.method,
-        "words": refined.verdict.words,
-    }
-
-
-if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        for level in LEVELS:
-            for seed in range(3):
-                print(json.dumps(measure(Path(argument), level, seed)), flush=True)

@@ -39,6 +39,14 @@ def examples() -> Path:
     return Path(__file__).parents[1] / "examples"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Features of test photos go into a folder of their own, not into the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VGGT_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _quiet_logger() -> Iterator[None]:
     """Commands that run in this process set up the log: back to what a fresh one has."""

@@ -205,6 +205,7 @@ class ImageReport(Strict):
     confidence: Confidence
     observations: int
     rewritten: bool
+    refinement: dict[str, Any] | None
 
 
 class LeftOut(Strict):

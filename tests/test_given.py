@@ -80,7 +80,7 @@ def test_cameras_and_depth_come_to_metres_together(tmp_path: Path, scale_from: s
     path = write_transforms(tmp_path / "t.json", written(metric, Reading(True, OPENGL), True))
     prior = given.read(None, str(path), False, scale_from, PHOTOS)
     start = given.begin(prior, prediction, [0] * 7, images)
-    improved, found = given.in_metres(prior, start, Improved(prediction, None), PHOTOS)
+    improved, found = given.in_metres(prior, start, Improved(images, prediction, None), PHOTOS)
     assert found is not None
     assert found.factor == pytest.approx(factor, rel=1e-5)
     moved = improved.prediction.cameras.centers
@@ -99,7 +99,7 @@ def test_nothing_given_changes_nothing() -> None:
     assert start.prediction is prediction
     assert start.group == [0, 1, 0, 1, 0, 1, 0]
     assert given.geometry(start, images) is prediction
-    improved = Improved(prediction, None)
+    improved = Improved(images, prediction, None)
     assert given.in_metres(prior, start, improved, PHOTOS) == (improved, None)
     assert given.report(prior, start, None) == {}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from vggt_cli.errors import InputError
-from vggt_cli.formats import images, lenses
+from vggt_cli.formats import copies, images, lenses
 from vggt_cli.scene import Photo, Shaping
 
 BALANCED = Shaping("balanced", 64, 16)
@@ -164,7 +164,7 @@ def test_the_eight_exif_orientations_of_a_photo_give_the_same_image(
     for frame in range(1, 8):
         assert torch.equal(loaded.images.pixels[frame], loaded.images.pixels[0]), frame + 1
         copy = tmp_path / f"copy.{kind}"
-        images.upright_copy(loaded.photos[frame], copy)
+        copies.upright_copy(loaded.photos[frame], copy)
         with Image.open(copy) as image:
             assert image.getexif().get(0x0112, 1) == 1
             difference = np.asarray(image.convert("RGB")).astype(int) - np.asarray(upright)
@@ -177,7 +177,7 @@ def test_an_upright_copy_of_a_jpeg_keeps_its_exif_and_profile(tmp_path: Path) ->
     exif.get_ifd(0x8769)[0x829A] = 0.01  # exposure time: gsplat reads it
     picture().save(tmp_path / "a.jpg", exif=exif, icc_profile=b"profile")
     photo = load(tmp_path).photos[0]
-    images.upright_copy(photo, tmp_path / "b.jpg")
+    copies.upright_copy(photo, tmp_path / "b.jpg")
     with Image.open(tmp_path / "b.jpg") as image:
         assert image.size == (40, 60)
         assert image.info["icc_profile"] == b"profile"

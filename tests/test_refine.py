@@ -1,5 +1,6 @@
 """Refinement on scenes whose cameras are known, and on real ones whose cameras were disturbed."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,14 @@ def test_exact_tracks_bring_disturbed_cameras_back(
     torch.testing.assert_close(focal, torch.full_like(focal, 560.0), rtol=2e-4, atol=0)
     assert not refined.radial.any()
     assert all(image.outcome == "kept" and image.after < 0.05 for image in refined.images)
+
+
+def test_cameras_that_explain_next_to_nothing_are_not_taken(true: Cameras, exact: Tracks) -> None:
+    start = disturbed(true, 10, 0.2, seed=1)
+    verdict = refine(start, noisy(exact, pixels=0.3, wrong=0.6), [0] * 6, BA).verdict
+    assert verdict.method == "none"
+    before, after = re.findall(r"([0-9.]+) % of", verdict.words)
+    assert float(before) < float(after) < 20, verdict.words  # better, and still chance
 
 
 def test_the_first_frame_and_the_scale_of_the_prediction_stay(

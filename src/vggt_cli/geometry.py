@@ -10,11 +10,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vggt_cli.errors import GeometryError
 from vggt_cli.scene import Cameras, Prediction, Similarity, Tracks
 
 STRAIGHT = 1e-6  # spread across a line, of that along it, below which points lie on it
+LENS_END = 0.95  # of the field where `distort` ends: nearer to it pixels are stretched over tenfold
 
 
 def rotation_from_quaternion(quaternion_xyzw: Tensor) -> Tensor:
@@ -162,6 +164,43 @@ def undistort(xy: Tensor, intrinsics: Tensor, radial: Tensor) -> Tensor:
     found = (r * (1 + radial * r * r) - seen).abs() <= 1e-9 * (1 + seen)
     x = torch.where(found[..., None], x / (1 + radial * r * r)[..., None], torch.nan)
     return x * focal + center
+
+
+def straight_intrinsics(intrinsics: Tensor, radial: Tensor, image_size: Tensor) -> Tensor:
+    """Intrinsics [S, 3, 3] of photos through a straight lens, of the same size and dtype.
+
+    The principal point stays, and the focal length shows as much as it can without a pixel from
+    outside the photo: where the lens draws in (radial < 0) the nearest border stays where it is,
+    where it spreads (radial > 0) the farthest corner. A lens of radial 0 stays as it is.
+    intrinsics: [S, 3, 3] of the photos, their lens without `radial` [S] (see `distort`).
+    Source: COLMAP's UndistortCamera with blank_pixels 0, but for the size.
+    """
+    k, K = radial.double(), intrinsics.double()
+    focal, center = torch.diagonal(K, dim1=-2, dim2=-1)[:, :2], K[:, :2, 2]
+    sides = torch.stack([center, image_size.flip(-1) - center], -1) / focal[..., None]  # [S, 2, 2]
+    corner = sides.amax(-1).norm(dim=-1)
+    border = sides.flatten(1).amin(-1).clamp(min=1e-9)  # a principal point outside: as it is
+    stays = torch.where(k > 0, corner, border)
+    ray = undistort(torch.stack([stays, 0 * stays], -1), torch.eye(3).to(K), k)[:, 0]
+    ends = corner * (-3 * k).clamp(min=0).sqrt() / LENS_END
+    zoom = torch.fmax(stays / ray, ends)  # fmax: no ray reaches a border beyond the lens's end
+    straight = K.clone()
+    straight[:, 0, 0], straight[:, 1, 1] = (focal * zoom[:, None]).unbind(-1)
+    return torch.where((radial == 0)[:, None, None], intrinsics, straight.to(intrinsics))
+
+
+def reframe(xy: Tensor, intrinsics: Tensor, target: Tensor) -> Tensor:
+    """Pixels [..., 2] of the same rays for a pinhole camera of the intrinsics `target`."""
+    focal, center = torch.diagonal(intrinsics, dim1=-2, dim2=-1)[..., :2], intrinsics[..., :2, 2]
+    wanted = torch.diagonal(target, dim1=-2, dim2=-1)[..., :2]
+    return (xy - center) / focal * wanted + target[..., :2, 2]
+
+
+def sample(image: Tensor, xy: Tensor) -> Tensor:
+    """Values [C, h, w] of `image` [C, H, W] at `xy` [h, w, 2], bicubic; its border goes on."""
+    size = torch.tensor([image.shape[-1], image.shape[-2]]).to(xy)
+    grid = (xy / size * 2 - 1).to(image)
+    return F.grid_sample(image[None], grid[None], "bicubic", "border", align_corners=False)[0]
 
 
 def share_intrinsics(cameras: Cameras, group: list[int]) -> Cameras:

@@ -211,7 +211,7 @@ class Refinement:
 
     method: str  # "none": the predicted cameras were kept
     predicted: Cameras  # source pixels
-    radial: Tensor  # [S] float64 of the lenses, see `geometry.distort`; taken out of the images
+    lens: Setup  # the refined cameras with their lenses, as the photos are without undistortion
     report: Mapping[str, Any]
     images: tuple[Mapping[str, Any], ...]  # [S]
 

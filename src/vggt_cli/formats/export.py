@@ -24,9 +24,10 @@ from PIL import Image
 from vggt_cli import __version__
 from vggt_cli.errors import OutputError
 from vggt_cli.formats import colmap, page, points
-from vggt_cli.formats.images import frame_of, upright_copy
+from vggt_cli.formats.copies import straight_copy, upright_copy
+from vggt_cli.formats.images import frame_of
 from vggt_cli.geometry import resize
-from vggt_cli.scene import Photo, Scene
+from vggt_cli.scene import Scene
 
 REPORT_SCHEMA = 1
 OURS = {
@@ -85,8 +86,8 @@ def write(
     refuse_existing(folder, overwrite)
     with _becoming(folder) as draft:
         files = output_names([photo.name for photo in scene.photos])
-        _write_images(scene.photos, files, draft / "images")
         model = as_colmap(scene, files)
+        _write_images(scene, model, draft / "images")
         colmap.write(model, draft / "sparse" / "0")
         if scene.dense is not None:
             points.write_cloud(scene.dense, draft / "points.ply")
@@ -144,13 +145,23 @@ def output_names(names: Sequence[str]) -> list[str]:
     return result
 
 
-def _write_images(photos: Sequence[Photo], files: Sequence[str], folder: Path) -> None:
+def _write_images(scene: Scene, model: colmap.Model, folder: Path) -> None:
     folder.mkdir()
-    for photo, file in zip(photos, files, strict=True):
-        if photo.rotated:
+    for i, (photo, file) in enumerate(zip(scene.photos, model.names, strict=True)):
+        if _bent(scene, i):
+            assert scene.refinement is not None
+            lens, straight = scene.refinement.lens, model.cameras.intrinsics[i]
+            intrinsics, radial = lens.cameras.intrinsics[i], lens.radial[i]
+            straight_copy(photo, folder / file, intrinsics, radial, straight)
+        elif photo.rotated:
             upright_copy(photo, folder / file)
         else:
             _clone(photo.path, folder / file)
+
+
+def _bent(scene: Scene, frame: int) -> bool:
+    """Whether the photo was taken through a lens that the scene is without."""
+    return scene.refinement is not None and bool(scene.refinement.lens.radial[frame] != 0)
 
 
 def _clone(source: Path, target: Path) -> None:
@@ -302,7 +313,7 @@ def _image_report(scene: Scene, model: colmap.Model, frame: int) -> dict[str, An
             "max": float(confidence.max()),
         },
         "observations": int((model.tracks.frame == frame).sum()),
-        "rewritten": photo.rotated,
+        "rewritten": photo.rotated or _bent(scene, frame),
         "refinement": None if scene.refinement is None else scene.refinement.images[frame],
     }
 

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -213,8 +214,7 @@ def window(
 
 
 def gray(path: Path, longest: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """[h, w] uint8 luma of the upright photo, over white, its longer side at most `longest`.
-    Raises InputError if the file cannot be read."""
+    """[h, w] uint8 luma of the upright photo over white, at most `longest`; InputError as above."""
     upright = _upright(path)
     if upright.mode == "RGBA":
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
@@ -339,12 +339,12 @@ def words(size: tuple[int, int]) -> str:
     return f"{size[1]} x {size[0]}"
 
 
-def upright_copy(photo: Photo, target: Path) -> None:
-    """Write `photo` to `target` turned upright: orientation reset, ICC and other EXIF kept."""
-    with Image.open(photo.path) as image:
+def upright_file(path: Path) -> tuple[Image.Image, dict[str, Any]]:
+    """The photo upright, in its own mode, and how to save it: its kind, ICC and other EXIF kept."""
+    with Image.open(path) as image:
         kind = "JPEG" if image.format == "MPO" else image.format  # MPO: phones' JPEG and more
         icc = image.info.get("icc_profile")
         turned = ImageOps.exif_transpose(image)
-        exif = turned.getexif()  # without the orientation, which exif_transpose takes out
-        quality = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
-        turned.save(target, kind, exif=exif, icc_profile=icc, **quality)
+    exif = turned.getexif()  # without the orientation, which exif_transpose takes out
+    quality = {"quality": 95, "subsampling": 0} if kind in ("JPEG", "WEBP") else {}
+    return turned, {"format": kind, "exif": exif, "icc_profile": icc, **quality}

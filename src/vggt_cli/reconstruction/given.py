@@ -140,7 +140,12 @@ def in_metres(
         improved,
         prediction=move_prediction(improved.prediction, similarity),
         tracks=tracks,
-        refinement=done and replace(done, predicted=move(done.predicted, similarity)),
+        refinement=done
+        and replace(
+            done,
+            predicted=move(done.predicted, similarity),
+            lens=replace(done.lens, cameras=move(done.lens.cameras, similarity)),
+        ),
         warnings=said,
     ), metric
 

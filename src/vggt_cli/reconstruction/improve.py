@@ -17,14 +17,16 @@ from vggt_cli.reconstruction import depth
 from vggt_cli.reconstruction.depth import DepthFit, network_pixels
 from vggt_cli.reconstruction.priors import Placed, question_intrinsics, refine_given
 from vggt_cli.reconstruction.refine import ImageReport, Refined, RefineOptions, refine
+from vggt_cli.reconstruction.straighten import straightened
 from vggt_cli.reconstruction.tracks import FeatureTracks, ImageRow
-from vggt_cli.scene import Cameras, ImageSet, Prediction, Refinement, Tracks
+from vggt_cli.scene import ImageSet, Prediction, Refinement, Setup, Tracks
 
 
 @dataclass(frozen=True, eq=False)
 class Improved:
     """What the rest of the work goes on with."""
 
+    images: ImageSet
     prediction: Prediction
     tracks: Tracks | None  # measured, in source pixels; None: the predicted cameras were kept
     refinement: Refinement | None = None  # None: not asked for
@@ -52,32 +54,33 @@ def improve(
     else:
         cameras = placed.cameras
         refined, said = refine_given(cameras, predicted, found.tracks, group, options, exif)
+    lens = Setup(refined.cameras, refined.radial, tuple(group))
     if torch.equal(refined.cameras.extrinsics, predicted.extrinsics) and _kept(refined):
-        refinement = _refinement(predicted, found, refined, [None] * len(images))
-        return Improved(prediction, None, refinement, said)
+        report, rows = _report(found, refined, [None] * len(images))
+        kept = Refinement("none", predicted, lens, report, rows)
+        return Improved(images, prediction, None, kept, said)
     if questions := question_intrinsics(refined, found.tracks, group, options):
         said = (*said, questions)
     followed, fits = depth.follow(
         prediction.depth, refined.tracks, refined.cameras, images.source_from_network
     )
-    cameras = _in_network_pixels(refined.cameras, images, prediction.cameras)
+    network_from_source = torch.linalg.inv(images.source_from_network)
+    cameras = resize(refined.cameras, network_from_source, prediction.cameras.image_size)
     moved = replace(prediction, cameras=cameras, depth=followed)
-    refinement = _refinement(predicted, found, refined, fits)
-    return Improved(moved, refined.tracks, refinement, said)
+    images, moved, tracks, _ = straightened(images, moved, refined.tracks, lens)
+    report, rows = _report(found, refined, fits)
+    refinement = Refinement(refined.verdict.method, predicted, lens, report, rows)
+    return Improved(images, moved, tracks, refinement, said)
 
 
 def _kept(refined: Refined) -> bool:
     return refined.verdict.method == "none"
 
 
-def _in_network_pixels(cameras: Cameras, images: ImageSet, like: Cameras) -> Cameras:
-    network_from_source = torch.linalg.inv(images.source_from_network.double())
-    return resize(cameras, network_from_source, like.image_size)
-
-
-def _refinement(
-    predicted: Cameras, found: FeatureTracks, refined: Refined, fits: Sequence[DepthFit | None]
-) -> Refinement:
+def _report(
+    found: FeatureTracks, refined: Refined, fits: Sequence[DepthFit | None]
+) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
+    """What refinement did, for all and for each image."""
     verdict = refined.verdict
     scores = {"before": verdict.before, "after": verdict.after}
     report = {
@@ -87,13 +90,18 @@ def _refinement(
         "feature_tracks": len(found.tracks.xyz),
         "pairs": len(found.pairs),
     }
-    rows = zip(found.images, refined.images, refined.radial.tolist(), fits, strict=True)
-    images = tuple(_row(*row) for row in rows)
-    return Refinement(verdict.method, predicted, refined.radial, report, images)
+    lenses = [
+        {"fx": fx, "fy": fy, "cx": cx, "cy": cy, "k": k} if k else None
+        for ((fx, _, cx), (_, fy, cy), _), k in zip(
+            refined.cameras.intrinsics.tolist(), refined.radial.tolist(), strict=True
+        )
+    ]
+    rows = zip(found.images, refined.images, lenses, fits, strict=True)
+    return report, tuple(_row(*row) for row in rows)
 
 
 def _row(
-    found: ImageRow, image: ImageReport, radial: float, fit: DepthFit | None
+    found: ImageRow, image: ImageReport, lens: dict[str, float] | None, fit: DepthFit | None
 ) -> dict[str, Any]:
     """A line of the table of images, in plain types; None where there is no such figure."""
     return {
@@ -108,7 +116,7 @@ def _row(
         "inliers": image.inliers,
         "error_before_pixels": _number(image.before),
         "error_after_pixels": _number(image.after),
-        "radial": radial,
+        "lens": lens,
         "depth_scale": fit and fit.scale,
         "depth_shift": fit and fit.shift,
         "depth_error": fit and _number(fit.error),

@@ -127,7 +127,7 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
     improved, metric = given.in_metres(prior, start, improved, loaded.photos)
     warnings += _warned([*start.warnings, *improved.warnings]) + _words(loaded, improved)
     with stages.stage("fuse"):
-        tracks, rgb, dense = _points(loaded, improved, options)
+        tracks, rgb, dense = _points(improved, options)
     made_by = Provenance(
         used.name,
         used.sha256,
@@ -141,7 +141,7 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
     )
     return Scene(
         loaded.photos,
-        loaded.images,
+        improved.images,
         improved.prediction,
         tuple(start.group),
         tracks,
@@ -185,8 +185,8 @@ def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) ->
         **{f.name: known[f.name] for f in dataclasses.fields(Options) if f.name in known}
     )
     with stages.stage("fuse"):
-        tracks, rgb = colored(improved.tracks, scene.images, again.points)
-        dense = scene.dense and _dense(improved.prediction, scene.images, again)
+        tracks, rgb = colored(improved.tracks, improved.images, again.points)
+        dense = scene.dense and _dense(improved.prediction, improved.images, again)
     made_by = dataclasses.replace(
         scene.made_by,
         options={**known, "refine": options.method},
@@ -195,6 +195,7 @@ def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) ->
     )
     return dataclasses.replace(
         scene,
+        images=improved.images,
         prediction=improved.prediction,
         tracks=tracks,
         rgb=rgb,
@@ -267,7 +268,7 @@ def _improved(
     images = loaded.images
     if options.refine == "none":
         start = given.with_poses(prior, start, images, None)
-        return start, Improved(given.geometry(start, images), None)
+        return start, Improved(images, given.geometry(start, images), None)
     with stages.stage("find tracks"):
         guessed = guess(given.geometry(start, images), images)
         found = follow(loaded.photos, images, guessed, network, cache_folder(), stages.progress)
@@ -278,15 +279,13 @@ def _improved(
         return start, improve(loaded, start.prediction, start.group, found, how, start.placed)
 
 
-def _points(
-    loaded: photos.Loaded, improved: Improved, options: Options
-) -> tuple[Tracks, Tensor, PointCloud]:
+def _points(improved: Improved, options: Options) -> tuple[Tracks, Tensor, PointCloud]:
     """Tracks and colours for COLMAP, and the points of points.ply."""
     how = FuseOptions(options.points, options.confidence, options.seed)
-    dense = _dense(improved.prediction, loaded.images, options)
+    dense = _dense(improved.prediction, improved.images, options)
     if improved.tracks is not None:
-        return *colored(improved.tracks, loaded.images, options.points), dense
-    cloud = fuse(improved.prediction, loaded.images, how)
+        return *colored(improved.tracks, improved.images, options.points), dense
+    cloud = fuse(improved.prediction, improved.images, how)
     assert cloud.observations is not None
     return cloud.observations, cloud.rgb, dense
 

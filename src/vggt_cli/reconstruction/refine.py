@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 RADIAL_IMAGES = 5  # that share a lens before its radial term is tried
 RADIAL_GAIN = 0.98  # of the held-out error without it: what it must come below
+TRUSTED = 0.2  # of the held-out observations explained: below it, other cameras are chance
 GOOD = 0.9  # of the held-out observations explained: structure from motion is not tried
 
 
@@ -115,7 +116,7 @@ def refine(
             continue
         reached, against = score(fit.setup, held), objection(fit.setup, predicted, exif)
         notes.append(f"{name}: {against or _words(reached)}")
-        if not against and reached.beats(best):
+        if not against and reached.share >= TRUSTED and reached.beats(best):
             best, chosen, method = reached, fit, name
         if method != "none" and best.share >= GOOD and not chosen.reasons:
             break
