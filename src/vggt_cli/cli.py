@@ -117,6 +117,32 @@ def reconstruct(
             "from matches; auto: what explains held-out tracks best, else the prediction."
         ),
     ] = Refine.auto,
+    intrinsics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|fx,fy,cx,cy",
+            help="Known intrinsics in pixels of the photos, centres at +0.5: numbers, a COLMAP "
+            "model, transforms.json, or text with lines NAME fx fy cx cy. They stay as they are.",
+        ),
+    ] = None,
+    poses: Annotated[
+        Path | None,
+        typer.Option(
+            help="Known poses, by file name: a COLMAP model (world-to-camera, OpenCV axes) or a "
+            "transforms.json (camera-to-world, OpenGL axes). Refinement starts from them."
+        ),
+    ] = None,
+    keep_poses: Annotated[
+        bool, typer.Option("--keep-poses", help="Use --poses as they are, unrefined.")
+    ] = False,
+    scale_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A-B=1.5m|poses|gps",
+            help="Metres: from the distance between two photos (m, cm, mm, km, ft, in), from "
+            "--poses in metres, or from EXIF.",
+        ),
+    ] = None,
     format: Annotated[  # noqa: A002  the option's name
         list[Format] | None, typer.Option(help="Further files; may be given several times.")
     ] = None,
@@ -152,8 +178,8 @@ def reconstruct(
 
     Writes OUT/sparse/0 (world-to-camera, OpenCV axes, pixels of OUT/images), OUT/points.ply,
     OUT/depth, OUT/confidence, OUT/report.json and OUT/scene.html (vggt view shows it); prints OUT.
-    The first image is the origin, the scale is arbitrary. For Gaussian splatting give the trainer
-    OUT as it is (gsplat: --data-factor 1).
+    The first image is the origin, the scale is arbitrary without --scale-from. For Gaussian
+    splatting give the trainer OUT as it is (gsplat: --data-factor 1).
     """
     speak(quiet, verbose)
     from vggt_cli.formats import export
@@ -167,6 +193,10 @@ def reconstruct(
         resolution=resolution,
         camera=camera.value,
         refine=refine.value,
+        intrinsics=intrinsics,
+        poses=None if poses is None else str(poses),
+        keep_poses=keep_poses,
+        scale_from=scale_from,
         save_tokens=save_tokens,
         seed=seed,
         strict=strict,

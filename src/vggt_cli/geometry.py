@@ -6,6 +6,8 @@ Extrinsics are world-to-camera [R | t] with OpenCV axes; pixel centres lie at +0
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -306,3 +308,9 @@ def move(cameras: Cameras, similarity: Similarity) -> Cameras:
     translation = similarity.scale * double[..., 3] - rotation @ similarity.translation.double()
     moved = torch.cat([rotation, translation[..., None]], -1)
     return Cameras(moved.to(cameras.extrinsics), cameras.intrinsics, cameras.image_size)
+
+
+def move_prediction(prediction: Prediction, similarity: Similarity) -> Prediction:
+    """The prediction in the world that `similarity` leads to: depth takes its scale."""
+    cameras = move(prediction.cameras, similarity)
+    return replace(prediction, cameras=cameras, depth=prediction.depth * similarity.scale)

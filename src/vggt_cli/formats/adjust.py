@@ -33,6 +33,7 @@ class Adjustment:
     loss: float  # pixels of the photo at which an error begins to count less
     focal: bool = True
     radial: frozenset[int] = frozenset()  # groups whose coefficient may move
+    poses: bool = True
     iterations: int = 50
 
 
@@ -49,8 +50,9 @@ def _errors(work: str) -> Iterator[None]:
 def bundle_adjust(setup: Setup, tracks: Tracks, how: Adjustment) -> Setup:
     """The cameras that see the points of `tracks` with the least robust error (Cauchy).
 
-    The points start at tracks.xyz. The first frame that sees any stays where it is, frames that
-    see none are returned as they are; the scale is free, as it is in the problem.
+    The points start at tracks.xyz. The first frame that sees any stays where it is (all do where
+    poses may not move), frames that see none are returned as they are; the scale is free, as it is
+    in the problem.
     Raises GeometryError where there is no solution.
     """
     frames = sorted(set(tracks.frame.tolist()))
@@ -68,7 +70,8 @@ def bundle_adjust(setup: Setup, tracks: Tracks, how: Adjustment) -> Setup:
         config = module.BundleAdjustmentConfig()
         for frame in frames:
             config.add_image(frame + 1)
-        config.set_constant_rig_from_world_pose(model.image(frames[0] + 1).frame_id)
+        for frame in frames[:1] if how.poses else frames:
+            config.set_constant_rig_from_world_pose(model.image(frame + 1).frame_id)
         if not how.focal and not how.radial:
             for number in {setup.group[frame] for frame in frames}:
                 config.set_constant_cam_intrinsics(number + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,26 +41,53 @@ def read(folder: Path) -> Model:
     Raises InputError for files that are missing, cut short or malformed, and camera models beyond
     COLMAP's first eleven.
     """
-    kind = colmap_rows.kind_of(folder)
-    path = folder / f"cameras.{kind}"
-    lenses = {n: _lens(path, camera) for n, camera in colmap_rows.cameras(folder).items()}
-    images = sorted(colmap_rows.images(folder), key=lambda image: image.number)
+    kind, found = colmap_rows.kind_of(folder), read_cameras(folder)
     points = colmap_rows.points(folder)
+    ascending = np.argsort(points.number, kind="stable")
+    return Model(
+        found.names,
+        found.cameras,
+        found.camera_of_image,
+        _tracks(found.images, points, ascending, folder / f"images.{kind}"),
+        points.rgb[ascending],
+        found.lenses,
+    )
+
+
+class Posed(NamedTuple):
+    """A model without its points; see `Model`."""
+
+    names: tuple[str, ...]
+    cameras: Cameras
+    camera_of_image: tuple[int, ...]
+    lenses: tuple[Lens, ...]
+    images: list[colmap_rows.Image]
+
+
+def read_cameras(folder: Path) -> Posed:
+    """What `read` gives without points, which need not be there. Raises InputError as it does."""
+    path = folder / f"cameras.{colmap_rows.kind_of(folder)}"
+    lenses = read_lenses(folder)
+    images = sorted(colmap_rows.images(folder), key=lambda image: image.number)
     for image in images:
         if image.camera not in lenses:
             raise InputError(f"no camera {image.camera}, which {image.name} names: {path}")
     if not images:
         raise InputError(f"a COLMAP model without images: {folder}")
     order = {number: i for i, number in enumerate(sorted({image.camera for image in images}))}
-    ascending = np.argsort(points.number, kind="stable")
-    return Model(
+    return Posed(
         tuple(image.name for image in images),
         _cameras(images, lenses),
         tuple(order[image.camera] for image in images),
-        _tracks(images, points, ascending, folder / f"images.{kind}"),
-        points.rgb[ascending],
         tuple(lenses[image.camera] for image in images),
+        images,
     )
+
+
+def read_lenses(folder: Path) -> dict[int, Lens]:
+    """The cameras of the model in `folder`, by id. Raises InputError as `read` does."""
+    path = folder / f"cameras.{colmap_rows.kind_of(folder)}"
+    return {n: _lens(path, camera) for n, camera in colmap_rows.cameras(folder).items()}
 
 
 def _lens(path: Path, camera: colmap_rows.Camera) -> Lens:
@@ -70,15 +98,19 @@ def _lens(path: Path, camera: colmap_rows.Camera) -> Lens:
     return Lens(model, size, parameters, any(parameters[known[model] + 2 :]))
 
 
+def pinhole(lens: Lens) -> Tensor:
+    """[3, 3] float64 focal lengths and principal point of `lens`, without its distortion."""
+    focals = next(focals for name, focals, _ in LENSES if name == lens.model)
+    k = torch.eye(3, dtype=torch.float64)
+    k[0, 0], k[1, 1] = lens.parameters[0], lens.parameters[focals - 1]
+    k[:2, 2] = torch.tensor(lens.parameters[focals : focals + 2])
+    return k
+
+
 def _cameras(images: list[colmap_rows.Image], lenses: dict[int, Lens]) -> Cameras:
     poses = torch.tensor([image.pose for image in images], dtype=torch.float64)
     rotation = rotation_from_quaternion(poses[:, :4].roll(-1, 1))
-    intrinsics = torch.eye(3, dtype=torch.float64).repeat(len(images), 1, 1)
-    for k, image in zip(intrinsics, images, strict=True):
-        lens = lenses[image.camera]
-        focals = next(focals for name, focals, _ in LENSES if name == lens.model)
-        k[0, 0], k[1, 1] = lens.parameters[0], lens.parameters[focals - 1]
-        k[:2, 2] = torch.tensor(lens.parameters[focals : focals + 2])
+    intrinsics = torch.stack([pinhole(lenses[image.camera]) for image in images])
     size = torch.tensor([lenses[image.camera].size for image in images])
     return Cameras(torch.cat([rotation, poses[:, 4:, None]], -1), intrinsics, size)
 

@@ -267,6 +267,7 @@ def report(scene: Scene, model: colmap.Model) -> dict[str, Any]:
             "world": "the first image's camera is the origin",
         },
         "scale": scene.scale,
+        "priors": dict(scene.priors),
         "tracks": scene.seen_in,
         "refinement": None if scene.refinement is None else dict(scene.refinement.report),
         "points": {

@@ -75,6 +75,7 @@ def read(folder: Path) -> Scene:
         tuple(report["warnings"]),
         report["scale"],
         report["tracks"],
+        priors=report.get("priors", {}),
     )
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 import torch
 
 from vggt_cli.errors import GeometryError, InputError
 from vggt_cli.formats.colmap import Model
-from vggt_cli.formats.export import output_names
+from vggt_cli.formats.names import few, pair
 from vggt_cli.geometry import align_cameras, move
 from vggt_cli.learning import metrics
 from vggt_cli.scene import Cameras, Similarity
@@ -20,12 +18,6 @@ from vggt_cli.scene import Cameras, Similarity
 log = logging.getLogger(__name__)
 
 DEGREES = (3, 5, 10, 30)
-# What a photo may be called in two models: the same, as our scenes write it, or in other folders.
-SPELLINGS: tuple[Callable[[str], str], ...] = (
-    str,
-    lambda name: output_names([name])[0],
-    lambda name: PurePosixPath(name).name,
-)
 
 
 @dataclass(frozen=True)
@@ -95,27 +87,17 @@ def compare(model: Model, reference: Model) -> Comparison:
 def pair_photos(first: Sequence[str], second: Sequence[str]) -> tuple[list[int], list[int]]:
     """Places in `first` and in `second` of the photos that both name, in the order of `first`.
 
-    By name; what is left by the name that our scenes give it; then by the name without folders.
-    A spelling counts only where it is unique in both.
+    Raises InputError for fewer than two; see `names.pair`.
     """
-    partner: dict[int, int] = {}
-    for spelling in SPELLINGS:
-        names = [spelling(name) for name in second]
-        place = {name: i for i, name in enumerate(names) if i not in partner.values()}
-        ours = [spelling(name) for name in first]
-        count, count_ours = Counter(names), Counter(ours)
-        for i, name in enumerate(ours):
-            if i not in partner and name in place and count[name] == count_ours[name] == 1:
-                partner[i] = place[name]
-    rows = sorted(partner)
+    partner = pair(first, second)
     _say_what_differs(first, second, partner)
-    return rows, [partner[i] for i in rows]
+    return list(partner), list(partner.values())
 
 
 def _say_what_differs(first: Sequence[str], second: Sequence[str], partner: dict[int, int]) -> None:
     both = f"{len(partner)} photos are in both models, of {len(first)} and {len(second)}"
     if len(partner) < 2:
-        only = f"the first has {_few(first)}, the second {_few(second)}"
+        only = f"the first has {few(first)}, the second {few(second)}"
         raise InputError(f"{both}: {only}", "compare models of the same photos, by file name")
     renamed = sum(first[i] != second[j] for i, j in partner.items())
     if renamed:
@@ -123,14 +105,9 @@ def _say_what_differs(first: Sequence[str], second: Sequence[str], partner: dict
     left = [first[i] for i in range(len(first)) if i not in partner]
     left_there = [second[j] for j in range(len(second)) if j not in partner.values()]
     if left or left_there:
-        words = [f"only the first has {_few(left)}"] if left else []
-        words += [f"only the second has {_few(left_there)}"] if left_there else []
+        words = [f"only the first has {few(left)}"] if left else []
+        words += [f"only the second has {few(left_there)}"] if left_there else []
         log.warning("%s: %s", both, "; ".join(words))
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _per_width(cameras: Cameras) -> torch.Tensor:

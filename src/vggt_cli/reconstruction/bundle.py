@@ -44,10 +44,13 @@ class Fit:
     reasons: dict[int, str] = field(default_factory=dict)  # of frames that are not solved
 
 
-def fit_tracks(start: Setup, tracks: Tracks, radial: frozenset[int], free: bool) -> Fit:
+def fit_tracks(
+    start: Setup, tracks: Tracks, radial: frozenset[int], free: bool, poses: bool = True
+) -> Fit:
     """Triangulate, filter, adjust, until nothing changes; frames that do not fit are left out.
 
     The limit of the filter follows the errors down to CLOSE. The world drifts in scale.
+    free: focal lengths may move; poses: so may poses.
     Raises GeometryError.
     """
     setup, limit, count = start, FIRST_LIMIT, -1
@@ -65,7 +68,7 @@ def fit_tracks(start: Setup, tracks: Tracks, radial: frozenset[int], free: bool)
         )
         if len(used.xyz) < ENOUGH_TRACKS or int(solved.sum()) < 2:
             raise GeometryError(f"too few tracks agree: {len(used.xyz)} of {len(tracks.xyz)}")
-        lost = [i for i in reasons if i not in tried] if turn > 0 else []
+        lost = [i for i in reasons if i not in tried] if turn > 0 and poses else []
         tried.update(lost)
         seen = good & solved[tracks.frame.long()]
         if (found := _resected(setup, tracks, points, seen, lost)) is not None:
@@ -77,7 +80,7 @@ def fit_tracks(start: Setup, tracks: Tracks, radial: frozenset[int], free: bool)
         near = turn > 0 or limit < ROUGH  # far off, poses go before lenses
         loss = limit / 2 * float(pixel_scale(start.cameras).quantile(0.5))
         focal = free and near and int(solved.sum()) > 2  # two photos do not fix it
-        how = adjust.Adjustment(loss, focal, radial if near else frozenset())
+        how = adjust.Adjustment(loss, focal, radial if near else frozenset(), poses)
         most = POINTS[limit > CLOSE]
         setup = adjust.bundle_adjust(setup, _longest(used, most, len(start.group)), how)
     return Fit(setup, solved, reasons)

@@ -15,6 +15,7 @@ from vggt_cli.formats.images import Loaded
 from vggt_cli.geometry import keep_points, resize
 from vggt_cli.reconstruction import depth
 from vggt_cli.reconstruction.depth import DepthFit, network_pixels
+from vggt_cli.reconstruction.priors import Placed, question_intrinsics, refine_given
 from vggt_cli.reconstruction.refine import ImageReport, Refined, RefineOptions, refine
 from vggt_cli.reconstruction.straighten import straightened
 from vggt_cli.reconstruction.tracks import FeatureTracks, ImageRow
@@ -29,6 +30,7 @@ class Improved:
     prediction: Prediction
     tracks: Tracks | None  # measured, in source pixels; None: the predicted cameras were kept
     refinement: Refinement | None = None  # None: not asked for
+    warnings: tuple[str, ...] = ()  # where what is given and the photos disagree
 
 
 def improve(
@@ -37,19 +39,28 @@ def improve(
     group: list[int],
     found: FeatureTracks,
     options: RefineOptions,
+    placed: Placed | None = None,
 ) -> Improved:
     """Cameras that the tracks `found` confirm, and depth that follows; or the prediction as it is.
 
-    group: frame i shares its lens with those of equal group[i].
+    group: frame i shares its lens with those of equal group[i]. placed: given poses to begin with.
     """
     images = loaded.images
     predicted = resize(prediction.cameras, images.source_from_network, images.source_size)
     exif = torch.tensor([photo.focal_pixels for photo in loaded.photos], dtype=torch.float64)
-    refined = refine(predicted, found.tracks, group, options, exif)
+    said: tuple[str, ...] = ()
+    if placed is None:
+        refined = refine(predicted, found.tracks, group, options, exif)
+    else:
+        cameras = placed.cameras
+        refined, said = refine_given(cameras, predicted, found.tracks, group, options, exif)
     lens = Setup(refined.cameras, refined.radial, tuple(group))
-    if refined.verdict.method == "none":
+    if torch.equal(refined.cameras.extrinsics, predicted.extrinsics) and _kept(refined):
         report, rows = _report(found, refined, [None] * len(images))
-        return Improved(images, prediction, None, Refinement("none", predicted, lens, report, rows))
+        kept = Refinement("none", predicted, lens, report, rows)
+        return Improved(images, prediction, None, kept, said)
+    if questions := question_intrinsics(refined, found.tracks, group, options):
+        said = (*said, questions)
     followed, fits = depth.follow(
         prediction.depth, refined.tracks, refined.cameras, images.source_from_network
     )
@@ -59,7 +70,11 @@ def improve(
     images, moved, tracks, _ = straightened(images, moved, refined.tracks, lens)
     report, rows = _report(found, refined, fits)
     refinement = Refinement(refined.verdict.method, predicted, lens, report, rows)
-    return Improved(images, moved, tracks, refinement)
+    return Improved(images, moved, tracks, refinement, said)
+
+
+def _kept(refined: Refined) -> bool:
+    return refined.verdict.method == "none"
 
 
 def _report(

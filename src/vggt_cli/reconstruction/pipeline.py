@@ -22,6 +22,7 @@ from vggt_cli.geometry import resize, share_intrinsics
 from vggt_cli.models import weights
 from vggt_cli.models.catalog import CATALOG, Entry
 from vggt_cli.models.networks import Network
+from vggt_cli.reconstruction import given
 from vggt_cli.reconstruction.detect import cache_folder
 from vggt_cli.reconstruction.fuse import FuseOptions, fuse
 from vggt_cli.reconstruction.improve import Improved, colored, improve
@@ -53,6 +54,10 @@ class Options:
     resolution: int | None = None  # pixels; None: what the weights were trained at
     camera: str = "auto"  # which images share intrinsics: see lenses.camera_groups
     refine: Literal["auto", "none", "ba", "sfm"] = "auto"  # see refine.RefineOptions
+    intrinsics: str | None = None  # fx,fy,cx,cy or a file: see formats.priors.read_intrinsics
+    poses: str | None = None  # a file or folder: see formats.priors.read_poses
+    keep_poses: bool = False  # as they are; else they are where refinement starts
+    scale_from: str | None = None  # A-B=1.5m, poses or gps: see reconstruction.scale
     save_tokens: bool = False  # also the text embedding, where the weights have one
     seed: int = 0
     strict: bool = False  # a photo that cannot be read stops the run
@@ -99,8 +104,7 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
     device = devices.choose(options.device)
     dtype = devices.compute_dtype(device)
     root, paths = photos.find(source)
-    known = _weights(options)
-    shaping, warnings = _shaping(known.shaping, options.resolution)
+    shaping, warnings = _shaping(_weights(options).shaping, options.resolution)
     stages = _Stages(device, progress)
     with stages.stage("load images"):
         loaded = photos.load(root, paths, shaping, lambda n: progress("load images", n, len(paths)))
@@ -110,18 +114,18 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
     H, W = loaded.images.size
     stages.work = f"{len(loaded.images)} images of {W} x {H}"
     group = camera_groups(loaded.photos, options.camera)
+    prior = _prior(options, loaded)
     with stages.stage("load weights"):
         heads = ["text"] * options.save_tokens + ["track"] * (options.refine != "none")
         network, used = weights.load(
             options.model, device, dtype, heads, partial(progress, "load weights")
         )
     with stages.stage("predict"):
-        prediction = predict(network, loaded.images)
-    prediction = _with_shared_cameras(prediction, group)
-    improved = Improved(loaded.images, prediction, None)
-    if options.refine != "none":
-        improved = _improved(loaded, prediction, network, options, stages)
-        warnings += _words(loaded, improved)
+        prediction = _with_shared_cameras(predict(network, loaded.images), group)
+    start = given.begin(prior, prediction, group, loaded.images)
+    start, improved = _improved(loaded, prior, start, network, options, stages)
+    improved, metric = given.in_metres(prior, start, improved, loaded.photos)
+    warnings += _warned([*start.warnings, *improved.warnings]) + _words(loaded, improved)
     with stages.stage("fuse"):
         tracks, rgb, dense = _points(improved, options)
     made_by = Provenance(
@@ -139,15 +143,17 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
         loaded.photos,
         improved.images,
         improved.prediction,
-        tuple(group),
+        tuple(start.group),
         tracks,
         rgb,
         dense,
         made_by,
         loaded.unreadable,
         tuple(warnings),
-        seen_in="depth" if improved.tracks is None else "image",
-        refinement=improved.refinement,
+        "arbitrary" if metric is None else "metric",
+        "depth" if improved.tracks is None else "image",
+        improved.refinement,
+        given.report(prior, start, metric),
     )
 
 
@@ -159,6 +165,8 @@ def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) ->
     stages = _Stages(torch.device("cpu"), progress)
     loaded = photos.Loaded(scene.images, scene.photos, scene.unreadable)
     before = scene.prediction
+    if scene.priors.get("intrinsics", {}).get("fixed"):
+        options = dataclasses.replace(options, fixed_intrinsics=True)
     with stages.stage("find tracks"):
         guessed = guess(before, scene.images)
         if scene.dense is None:
@@ -240,23 +248,35 @@ def _with_shared_cameras(prediction: Prediction, group: list[int]) -> Prediction
     return dataclasses.replace(prediction, cameras=share_intrinsics(prediction.cameras, group))
 
 
+def _prior(options: Options, loaded: photos.Loaded) -> given.Given:
+    """What the options say of the cameras, read."""
+    if options.keep_poses and options.refine == "sfm":
+        raise InputError("--keep-poses and --refine sfm contradict", "leave out one of them")
+    said = options.intrinsics, options.poses, options.keep_poses, options.scale_from
+    return given.read(*said, loaded.photos)
+
+
 def _improved(
     loaded: photos.Loaded,
-    prediction: Prediction,
+    prior: given.Given,
+    start: given.Start,
     network: Network,
     options: Options,
     stages: _Stages,
-) -> Improved:
+) -> tuple[given.Start, Improved]:
+    """The start with all that is given, and what the photos at full size make of it."""
+    images = loaded.images
+    if options.refine == "none":
+        start = given.with_poses(prior, start, images, None)
+        return start, Improved(images, given.geometry(start, images), None)
     with stages.stage("find tracks"):
-        guessed = guess(prediction, loaded.images)
-        seen = loaded.photos, loaded.images, guessed
-        found = follow(*seen, network, cache_folder(), stages.progress)
+        guessed = guess(given.geometry(start, images), images)
+        found = follow(loaded.photos, images, guessed, network, cache_folder(), stages.progress)
     with stages.stage("refine"):
-        group = camera_groups(loaded.photos, options.camera)
-        assert options.refine != "none"
-        return improve(
-            loaded, prediction, group, found, RefineOptions(options.refine, options.seed)
-        )
+        start = given.with_poses(prior, start, images, found.tracks)
+        known = start.fixed_intrinsics, options.keep_poses
+        how = RefineOptions(options.refine, options.seed, *known)
+        return start, improve(loaded, start.prediction, start.group, found, how, start.placed)
 
 
 def _points(improved: Improved, options: Options) -> tuple[Tracks, Tensor, PointCloud]:
@@ -279,7 +299,8 @@ def _dense(prediction: Prediction, images: ImageSet, options: Options) -> PointC
 def _words(loaded: photos.Loaded, improved: Improved) -> list[str]:
     """Say which cameras were chosen and why; warnings for photos that did not take part."""
     done = improved.refinement
-    assert done is not None
+    if done is None:
+        return []
     kept = "kept" if done.method == "none" else f"refined by {done.method}"
     log.info("cameras %s; %s", kept, done.report["reason"])
     warnings = []
@@ -288,8 +309,12 @@ def _words(loaded: photos.Loaded, improved: Improved) -> list[str]:
         warnings.append(f"predicted pose moved with the others, not refined: {', '.join(moved)}")
     if bent := [name for name, row in rows if row["depth_disagrees"]]:
         warnings.append(f"depth does not have the shape of the points: {', '.join(bent)}")
+    return _warned(warnings)
+
+
+def _warned(warnings: list[str]) -> list[str]:
     for words in warnings:
-        log.warning(words)
+        log.warning("%s", words)
     return warnings
 
 

@@ -23,7 +23,7 @@ from vggt_cli.reconstruction.triangulate import pixel_scale, triangulate
 from vggt_cli.scene import Cameras, Setup, Tracks
 
 Method = Literal["ba", "sfm"]
-Outcome = Literal["kept", "re-aligned", "predicted"]
+Outcome = Literal["kept", "re-aligned", "predicted", "given"]
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class RefineOptions:
     method: Literal["auto"] | Method = "auto"  # auto: ba, then sfm if that is not good
     seed: int = 0  # which tracks are held out, and what pycolmap draws
     fixed_intrinsics: bool = False  # they are known; focal length and lens stay as they are
+    fixed_poses: bool = False  # they are known: lenses alone are adjusted, by "ba"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class ImageReport:
     """What became of one image.
 
     Its refined pose was kept, or its predicted pose was moved with the others, or all poses are
-    those predicted.
+    those predicted, or those given as known.
     """
 
     outcome: Outcome
@@ -55,7 +56,7 @@ class ImageReport:
     tracks: int  # observations
     before: float  # median error in pixels of the photo, predicted cameras; NaN without tracks
     after: float
-    reason: str  # in words, for an image whose refined pose was not kept
+    reason: str  # in words, for an image whose pose the tracks do not confirm
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,15 @@ def refine(
     verdict = Verdict("none", None, None, f"too few feature tracks: {len(tracks.xyz)}")
     if problem := objection(predicted, predicted):
         verdict = Verdict("none", None, None, f"the prediction cannot be refined: {problem}")
-        return _result(cameras, predicted, unchanged, tracks, verdict)
+        return _result(cameras, predicted, unchanged, tracks, verdict, options)
     if len(rest.xyz) < ENOUGH_TRACKS or len(held.xyz) == 0:
-        return _result(cameras, predicted, unchanged, tracks, verdict)
+        return _result(cameras, predicted, unchanged, tracks, verdict, options)
     before = score(predicted, held)
     best, chosen = before, unchanged
     method: Literal["none"] | Method = "none"
     notes = [f"predicted: {_words(before)}"]
     start = predicted if options.fixed_intrinsics else _square_pixels(predicted)
-    for name in METHODS if options.method == "auto" else (options.method,):
+    for name in _methods(options):
         try:
             fit = METHODS[name](start, rest, held, options)
         except GeometryError as error:
@@ -120,7 +121,13 @@ def refine(
         if method != "none" and best.share >= GOOD and not chosen.reasons:
             break
     verdict = Verdict(method, before, best, "; ".join(notes))
-    return _result(cameras, predicted, chosen, tracks, verdict)
+    return _result(cameras, predicted, chosen, tracks, verdict, options)
+
+
+def _methods(options: RefineOptions) -> tuple[Method, ...]:
+    if options.fixed_poses:
+        return ("ba",)
+    return ("ba", "sfm") if options.method == "auto" else (options.method,)
 
 
 def ba(start: Setup, rest: Tracks, held: Tracks, options: RefineOptions) -> Fit:
@@ -129,13 +136,13 @@ def ba(start: Setup, rest: Tracks, held: Tracks, options: RefineOptions) -> Fit:
     One radial term is tried for lenses that five images share, and kept if the error on the tracks
     `held` falls. Raises GeometryError.
     """
-    free = not options.fixed_intrinsics
-    fit = fit_tracks(start, rest, frozenset(), free)
+    free, poses = not options.fixed_intrinsics, not options.fixed_poses
+    fit = fit_tracks(start, rest, frozenset(), free, poses)
     sharing = [start.group[i] for i in fit.solved.nonzero()[:, 0].tolist()]
     several = frozenset(g for g in sharing if sharing.count(g) >= RADIAL_IMAGES)
     if free and several:
         try:
-            bent = fit_tracks(fit.setup, rest, several, free)
+            bent = fit_tracks(fit.setup, rest, several, free, poses)
         except GeometryError as error:
             log.debug("no radial term: %s", error)
         else:
@@ -143,7 +150,14 @@ def ba(start: Setup, rest: Tracks, held: Tracks, options: RefineOptions) -> Fit:
             log.debug("radial term: %s; without: %s", _words(with_it), _words(without))
             if with_it.median < RADIAL_GAIN * without.median and not without.beats(with_it):
                 fit = bent
-    return settle(fit, start)
+    return settle(fit, start) if poses else _at(fit, start)
+
+
+def _at(fit: Fit, start: Setup) -> Fit:
+    """The fit with the poses of `start`, which pycolmap returns but for rounding."""
+    found = fit.setup.cameras
+    cameras = Cameras(start.cameras.extrinsics, found.intrinsics, found.image_size)
+    return Fit(Setup(cameras, fit.setup.radial, fit.setup.group), fit.solved, fit.reasons)
 
 
 def sfm(start: Setup, rest: Tracks, held: Tracks, options: RefineOptions) -> Fit:
@@ -220,7 +234,12 @@ def _medians(error: Tensor, setup: Setup, tracks: Tracks) -> list[float]:
 
 
 def _result(
-    cameras: Cameras, predicted: Setup, fit: Fit, tracks: Tracks, verdict: Verdict
+    cameras: Cameras,
+    predicted: Setup,
+    fit: Fit,
+    tracks: Tracks,
+    verdict: Verdict,
+    options: RefineOptions,
 ) -> Refined:
     """What `fit` gives, with its points and the table of images."""
     first, last = triangulate(tracks, predicted, CLOSE), triangulate(tracks, fit.setup, CLOSE)
@@ -237,7 +256,8 @@ def _result(
     for i, (inliers, seen, before, after) in enumerate(rows):
         outcome: Outcome = "re-aligned" if i in fit.reasons else "kept"
         outcome = "predicted" if verdict.method == "none" else outcome
-        reason = verdict.words if verdict.method == "none" else fit.reasons.get(i, "")
+        outcome = "given" if options.fixed_poses else outcome
+        reason = verdict.words if outcome == "predicted" else fit.reasons.get(i, "")
         images.append(ImageReport(outcome, inliers, seen, before, after, reason))
     refined = fit.setup.cameras
     extrinsics = refined.extrinsics.to(cameras.extrinsics)
