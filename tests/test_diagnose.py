@@ -238,12 +238,22 @@ def test_a_sound_set_has_no_findings_and_each_fault_is_found_with_the_rest(tmp_p
     group, before = [0] * n, Improved(loaded.images, prediction, None)
     assert diagnose(loaded.photos, before, prediction.cameras, group) == ()
     chain = [(i, i + 1) for i in range(n - 1)]
-    assert diagnose(loaded.photos, before, prediction.cameras, group, found(n, chain)) == ()
+    assert (
+        diagnose(
+            loaded.photos,
+            dataclasses.replace(before, found=found(n, chain)),
+            prediction.cameras,
+            group,
+        )
+        == ()
+    )
     wide = prediction.cameras.intrinsics.clone()
     wide[::2, :2, :2] *= 1.4
     raw = dataclasses.replace(prediction.cameras, intrinsics=wide)
     prediction.depth[0] *= 1.5
-    findings = diagnose(loaded.photos, before, raw, group, found(n, chain[:-1]))
+    findings = diagnose(
+        loaded.photos, dataclasses.replace(before, found=found(n, chain[:-1])), raw, group
+    )
     assert kinds(findings) == ["group", "layers", "focal"]
     assert findings[0].files == (loaded.images.names[-1],)
 
@@ -258,7 +268,7 @@ def test_distortion_is_asked_for_only_where_cameras_were_refined() -> None:
         lens = Setup(prediction.cameras, radial, tuple(group))
         refinement = Refinement(method, prediction.cameras, lens, {}, ())
         improved = Improved(loaded.images, prediction, None, refinement)
-        findings = diagnose(loaded.photos, improved, None, group, tracks)
+        findings = diagnose(loaded.photos, dataclasses.replace(improved, found=tracks), None, group)
         assert kinds(findings) == expected
 
 

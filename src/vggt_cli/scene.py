@@ -244,3 +244,4 @@ class Scene:
     seen_in: Literal["depth", "image"] = "depth"  # what says that a pixel shows a track's point
     refinement: Refinement | None = None  # None: not asked for
     priors: Mapping[str, Any] = field(default_factory=dict)  # what was given, for report.json
+    findings: tuple[Finding, ...] = ()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from vggt_cli.scene import Finding
+
+log = logging.getLogger(__name__)
 
 
 class Progress:
@@ -97,3 +100,9 @@ def words(findings: Sequence[Finding], photos: str, scene: str) -> list[str]:
             action = action.replace(name, shlex.quote(folder))
         lines += [f"{finding.kind}: {finding.words}", f"  -> {action}"]
     return lines
+
+
+def diagnosed(findings: Sequence[Finding], photos: str, scene: Path) -> None:
+    """Say what was found, through the log: warnings, and what to do below each."""
+    for line in words(findings, photos, str(scene)):
+        log.log(logging.INFO if line.startswith(" ") else logging.WARNING, "%s", line)

@@ -35,15 +35,15 @@ def diagnose(
     improved: Improved,
     raw: Cameras | None,
     group: Sequence[int],
-    found: FeatureTracks | None = None,
 ) -> tuple[Finding, ...]:
     """All findings on a set of photos and what was made of it, none for a sound one.
 
     raw: the network's cameras before any were shared; None where they are not known. group: frame
-    i shares its lens with those of equal group[i]. found: feature tracks; None: not looked for.
+    i shares its lens with those of equal group[i].
     Reads the photos. Raises InputError if one cannot be read.
     """
     images, prediction, refinement = improved.images, improved.prediction, improved.refinement
+    found = improved.found
     linked = _linked(prediction, images.valid, found)
     cameras = resize(prediction.cameras, images.source_from_network, images.source_size)
     findings = [
