@@ -248,6 +248,18 @@ def test_learned_features_are_asked_last_and_their_absence_is_said(
     assert "pip install it" in caplog.text
 
 
+def test_of_many_photos_the_largest_features_are_compared(
+    scene: Rendered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(followed, "EXHAUSTIVE", 2)
+    monkeypatch.setattr(followed, "COMPARED", 60)
+    found = follow(scene.photos, scene.images, scene.guess)
+    assert [row.keypoints for row in found.images] == [60] * 3
+    largest = [f.xy[:60] for f in detect.sift(scene.photos, None, lambda done: None)]
+    for frame, xy in zip(found.tracks.frame.tolist(), found.tracks.xy, strict=True):
+        assert xy.tolist() in largest[frame].tolist()
+
+
 def test_a_pair_against_the_prediction_takes_more_evidence() -> None:
     there, turned = np.eye(3), np.diag([-1.0, 1, -1])
 
