@@ -253,6 +253,7 @@ def test_of_many_photos_the_largest_features_are_compared(
 ) -> None:
     monkeypatch.setattr(followed, "EXHAUSTIVE", 2)
     monkeypatch.setattr(followed, "COMPARED", 60)
+    monkeypatch.setattr(followed, "ENOUGH", 0)  # no other source is asked
     found = follow(scene.photos, scene.images, scene.guess)
     assert [row.keypoints for row in found.images] == [60] * 3
     region = clear(scene.images)
