@@ -252,13 +252,13 @@ def test_of_many_photos_the_largest_features_are_compared(
     scene: Rendered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(followed, "EXHAUSTIVE", 2)
-    monkeypatch.setattr(followed, "COMPARED", 60)
+    monkeypatch.setattr(followed, "COMPARED", 400)
     monkeypatch.setattr(followed, "ENOUGH", 0)  # no other source is asked
     found = follow(scene.photos, scene.images, scene.guess)
-    assert all(30 < row.keypoints <= 60 for row in found.images)  # two may lie at one place
+    assert all(300 < row.keypoints <= 400 for row in found.images)  # two may lie at one place
     region = clear(scene.images)
     for i, features in enumerate(detect.sift(scene.photos, None, lambda done: None)):
-        largest = features.xy[inside(features.xy, i, scene.images, region)][:60]
+        largest = features.xy[inside(features.xy, i, scene.images, region)][:400]
         seen = found.tracks.xy[found.tracks.frame == i]
         assert len(seen)
         assert {tuple(xy) for xy in seen.tolist()} <= {tuple(xy) for xy in largest.tolist()}
