@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from vggt_cli.errors import InputError
 from vggt_cli.formats import export, scene_read
 from vggt_cli.formats.images import size_of
 from vggt_cli.geometry import move
+from vggt_cli.models import weights
 from vggt_cli.reconstruction import given, pipeline
 from vggt_cli.reconstruction.improve import Improved
 from vggt_cli.reconstruction.pipeline import Options
@@ -117,9 +119,9 @@ def test_nothing_given_changes_nothing() -> None:
     ],
 )
 def test_what_cannot_be_is_said_before_the_network_runs(
-    options: dict[str, str], words: str, examples: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], words: str, examples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.weights, "load", lambda *_: pytest.fail("the network was loaded"))
+    monkeypatch.setattr(weights, "load", lambda *_: pytest.fail("the network was loaded"))
     with pytest.raises(InputError, match=words):
         pipeline.reconstruct(str(examples / "motorcycle"), dataclasses.replace(MINI, **options))
 
@@ -132,7 +134,7 @@ def test_a_pair_of_photos_goes_through_with_all_that_is_known(
     poses = written(true, Reading(True, OPENGL), True)
     poses = dataclasses.replace(poses, names=("left.jpg", "right.jpg"))
     path = write_transforms(tmp_path / "t.json", poses, fl_x=w, w=2 * w, h=2 * h)
-    known = {"poses": str(path), "intrinsics": str(path), "scale_from": "poses"}
+    known: dict[str, Any] = {"poses": str(path), "intrinsics": str(path), "scale_from": "poses"}
     options = dataclasses.replace(MINI, keep_poses=True, **known)
     scene = pipeline.reconstruct(str(examples / "motorcycle"), options)
     assert scene.scale == "metric"
