@@ -248,6 +248,8 @@ class Report(Strict):
     conventions: dict[str, str]
     scale: Literal["arbitrary", "metric"]
     tracks: Literal["depth", "image"]
+    priors: dict[str, Any]
+    findings: list[dict[str, Any]]
     refinement: dict[str, Any] | None
     points: Points
     images: list[ImageReport]

@@ -25,7 +25,7 @@ from vggt_cli.models.vggt import VGGT
 from vggt_cli.reconstruction import detect
 from vggt_cli.reconstruction import tracks as followed
 from vggt_cli.reconstruction.pairs import Guess, guess_from_tracks
-from vggt_cli.reconstruction.sources import by_tracker, clear
+from vggt_cli.reconstruction.sources import by_tracker, clear, inside
 from vggt_cli.reconstruction.tracks import FeatureTracks, follow
 from vggt_cli.scene import Cameras, ImageSet, Photo, Shaping, Tracks
 
@@ -246,6 +246,22 @@ def test_learned_features_are_asked_last_and_their_absence_is_said(
     found = follow(scene.photos, scene.images, scene.guess)
     assert len(found.tracks.xyz) == 0
     assert "pip install it" in caplog.text
+
+
+def test_of_many_photos_the_largest_features_are_compared(
+    scene: Rendered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(followed, "EXHAUSTIVE", 2)
+    monkeypatch.setattr(followed, "COMPARED", 60)
+    monkeypatch.setattr(followed, "ENOUGH", 0)  # no other source is asked
+    found = follow(scene.photos, scene.images, scene.guess)
+    assert all(30 < row.keypoints <= 60 for row in found.images)  # two may lie at one place
+    region = clear(scene.images)
+    for i, features in enumerate(detect.sift(scene.photos, None, lambda done: None)):
+        largest = features.xy[inside(features.xy, i, scene.images, region)][:60]
+        seen = found.tracks.xy[found.tracks.frame == i]
+        assert len(seen)
+        assert {tuple(xy) for xy in seen.tolist()} <= {tuple(xy) for xy in largest.tolist()}
 
 
 def test_a_pair_against_the_prediction_takes_more_evidence() -> None:

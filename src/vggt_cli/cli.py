@@ -18,7 +18,7 @@ import typer
 from vggt_cli import __version__, cli_check, cli_learning, cli_scenes
 from vggt_cli.cli_weights import app as weights_app
 from vggt_cli.errors import VggtError
-from vggt_cli.terminal import Progress, Verbosity, speak
+from vggt_cli.terminal import Progress, Verbosity, diagnosed, speak
 
 app = typer.Typer(
     name="vggt",
@@ -213,6 +213,7 @@ def reconstruct(
         progress("write", 0, 0)
         export.write(scene, out, formats, overwrite, html=not no_html)
         progress("write", 1, 1)
+    diagnosed(scene.findings, source, out)
     if as_json:
         content = json.loads((out / "report.json").read_text(encoding="utf-8"))
         typer.echo(json.dumps({"scene": str(out.absolute()), **content}))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vggt_cli.errors import InputError
-from vggt_cli.terminal import Progress, speak
+from vggt_cli.terminal import Progress, diagnosed, speak
 
 if TYPE_CHECKING:
     from vggt_cli.learning.compare import Comparison
@@ -167,6 +167,7 @@ def refine(
             formats = scene_read.formats(scene) if ours else []
             html = not ours or (scene / "scene.html").is_file()
             export.write(after, target, formats, overwrite or out is None, html=html)
+            diagnosed(after.findings, str(scene / "images"), target)
     if as_json:
         content = json.loads((target / "report.json").read_text(encoding="utf-8"))
         typer.echo(json.dumps({"scene": str(target.absolute()), **content}))

@@ -205,6 +205,16 @@ class Provenance:
     peak_memory: Mapping[str, int] = field(default_factory=dict)  # bytes, up to the stage's end
 
 
+@dataclass(frozen=True)
+class Finding:
+    """Something that a user should know about the photos or the scene; report.json holds it."""
+
+    kind: str  # a word: see docs/diagnosis.md
+    words: str  # what was found, with figures
+    files: tuple[str, ...]  # names of the photos concerned, all of them
+    command: str  # what to do next: a command, or an action in words
+
+
 @dataclass(frozen=True, eq=False)
 class Refinement:
     """What became of the predicted cameras; report.json holds the two reports as they are."""
@@ -234,3 +244,4 @@ class Scene:
     seen_in: Literal["depth", "image"] = "depth"  # what says that a pixel shows a track's point
     refinement: Refinement | None = None  # None: not asked for
     priors: Mapping[str, Any] = field(default_factory=dict)  # what was given, for report.json
+    findings: tuple[Finding, ...] = ()

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import logging
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
+
+from vggt_cli.scene import Finding
+
+log = logging.getLogger(__name__)
 
 
 class Progress:
@@ -82,3 +89,20 @@ class _Words(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         return kind + record.getMessage()
+
+
+def words(findings: Sequence[Finding], photos: str, scene: str) -> list[str]:
+    """The findings, and below each what to do, for people; the folders are put into commands."""
+    lines = []
+    for finding in findings:
+        action = finding.command
+        for name, folder in (("PHOTOS", photos), ("SCENE", scene)):
+            action = action.replace(name, shlex.quote(folder))
+        lines += [f"{finding.kind}: {finding.words}", f"  -> {action}"]
+    return lines
+
+
+def diagnosed(findings: Sequence[Finding], photos: str, scene: Path) -> None:
+    """Say what was found, through the log: warnings, and what to do below each."""
+    for line in words(findings, photos, str(scene)):
+        log.log(logging.INFO if line.startswith(" ") else logging.WARNING, "%s", line)

@@ -279,6 +279,7 @@ def report(scene: Scene, model: colmap.Model) -> dict[str, Any]:
         },
         "images": [_image_report(scene, model, frame) for frame in range(len(model.names))],
         "left_out": [{"name": name, "reason": why} for name, why in scene.unreadable],
+        "findings": [asdict(finding) for finding in scene.findings],
         "warnings": list(scene.warnings),
     }
 

@@ -215,13 +215,12 @@ def window(
 
 def gray(path: Path, longest: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """[h, w] uint8 luma of the upright photo over white, at most `longest`; InputError as above."""
-    upright = _upright(path)
+    upright = _upright(path, longest)
     if upright.mode == "RGBA":
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    luma = upright.convert("L")
-    scale = min(1.0, longest / max(luma.size))
-    w, h = (max(1, round(n * scale)) for n in luma.size)
-    return np.asarray(luma if scale == 1 else luma.resize((w, h), Image.Resampling.BICUBIC))
+    scale = min(1.0, longest / max(upright.size))
+    w, h = (max(1, round(n * scale)) for n in upright.size)
+    return np.asarray(upright.convert("L").resize((w, h), Image.Resampling.BICUBIC))
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -233,11 +232,13 @@ def size_of(path: Path) -> tuple[int, int]:
         raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
 
 
-def _upright(path: Path) -> Image.Image:
-    """RGB or RGBA of 8 bits; InputError if the file cannot be read."""
+def _upright(path: Path, longest: int = 100_000) -> Image.Image:
+    """RGB or RGBA of 8 bits, a JPEG perhaps reduced to no less than `longest`; or InputError."""
     Image.MAX_IMAGE_PIXELS = None
     try:
         with Image.open(path) as image:
+            w, h = (max(1, round(n * min(1, longest / max(image.size)))) for n in image.size)
+            image.draft(None, (w, h))
             return ImageOps.exif_transpose(_eight_bit(image))
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
@@ -259,8 +260,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         gray = Image.fromarray(np.round(values * (255 / full)).astype(np.uint8))
         gray.info.update(image.info)  # keeps the EXIF rotation
         return gray.convert("RGB")
-    transparent = image.has_transparency_data
-    return image.convert("RGBA" if transparent else "RGB")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def _camera(exif: Image.Exif) -> tuple[str, str, float]:

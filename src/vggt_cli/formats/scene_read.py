@@ -17,7 +17,16 @@ from vggt_cli.formats import colmap_read, points
 from vggt_cli.formats.colmap import Model
 from vggt_cli.formats.images import Loaded, frame_of, load, load_sized
 from vggt_cli.geometry import keep_points, resize
-from vggt_cli.scene import Cameras, ImageSet, Prediction, Provenance, Scene, Shaping, Tracks
+from vggt_cli.scene import (
+    Cameras,
+    Finding,
+    ImageSet,
+    Prediction,
+    Provenance,
+    Scene,
+    Shaping,
+    Tracks,
+)
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +84,8 @@ def read(folder: Path) -> Scene:
         tuple(report["warnings"]),
         report["scale"],
         report["tracks"],
-        priors=report.get("priors", {}),
+        priors=report["priors"],
+        findings=tuple(Finding(**row) for row in report["findings"]),
     )
 
 

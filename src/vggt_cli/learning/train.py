@@ -38,7 +38,7 @@ from vggt_cli.models import weights as known_weights
 from vggt_cli.models.layers import Block
 from vggt_cli.models.mini import Mini, MiniConfig
 from vggt_cli.models.networks import Network
-from vggt_cli.reconstruction.pipeline import Progress, silent
+from vggt_cli.reconstruction.stages import Progress, silent
 
 log = logging.getLogger(__name__)
 

@@ -30,6 +30,7 @@ class Improved:
     prediction: Prediction
     tracks: Tracks | None  # measured, in source pixels; None: the predicted cameras were kept
     refinement: Refinement | None = None  # None: not asked for
+    found: FeatureTracks | None = None
     warnings: tuple[str, ...] = ()  # where what is given and the photos disagree
 
 
@@ -58,7 +59,7 @@ def improve(
     if torch.equal(refined.cameras.extrinsics, predicted.extrinsics) and _kept(refined):
         report, rows = _report(found, refined, [None] * len(images))
         kept = Refinement("none", predicted, lens, report, rows)
-        return Improved(images, prediction, None, kept, said)
+        return Improved(images, prediction, None, kept, found, said)
     if questions := question_intrinsics(refined, found.tracks, group, options):
         said = (*said, questions)
     followed, fits = depth.follow(
@@ -70,7 +71,7 @@ def improve(
     images, moved, tracks, _ = straightened(images, moved, refined.tracks, lens)
     report, rows = _report(found, refined, fits)
     refinement = Refinement(refined.verdict.method, predicted, lens, report, rows)
-    return Improved(images, moved, tracks, refinement, said)
+    return Improved(images, moved, tracks, refinement, found, said)
 
 
 def _kept(refined: Refined) -> bool:

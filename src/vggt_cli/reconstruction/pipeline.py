@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -15,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vggt_cli import device as devices
-from vggt_cli.errors import InputError, MemoryExceeded
+from vggt_cli.errors import InputError
 from vggt_cli.formats import images as photos
 from vggt_cli.formats.lenses import camera_groups
 from vggt_cli.geometry import resize, share_intrinsics
@@ -24,23 +21,19 @@ from vggt_cli.models.catalog import CATALOG, Entry
 from vggt_cli.models.networks import Network
 from vggt_cli.reconstruction import given
 from vggt_cli.reconstruction.detect import cache_folder
+from vggt_cli.reconstruction.diagnose import diagnose
 from vggt_cli.reconstruction.fuse import FuseOptions, fuse
 from vggt_cli.reconstruction.improve import Improved, colored, improve
 from vggt_cli.reconstruction.pairs import guess, guess_from_tracks
 from vggt_cli.reconstruction.predict import predict
 from vggt_cli.reconstruction.refine import RefineOptions
+from vggt_cli.reconstruction.stages import Progress, Stages, silent
 from vggt_cli.reconstruction.tracks import follow
 from vggt_cli.scene import ImageSet, PointCloud, Prediction, Provenance, Scene, Shaping, Tracks
 
 log = logging.getLogger(__name__)
 
 DENSE_POINTS = 2_000_000  # in points.ply
-
-Progress = Callable[[str, int, int], None]  # stage, done, total (0: not known)
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """No progress shown."""
 
 
 @dataclass(frozen=True)
@@ -65,36 +58,6 @@ class Options:
     offline: bool = False
 
 
-@dataclass
-class _Stages:
-    """Seconds and peak memory of the steps, as they pass."""
-
-    device: torch.device
-    progress: Progress
-    work: str = "reading"  # what there is to do, for the words of an error
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory: dict[str, int] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """The step called `name`. Raises MemoryExceeded where it runs out of memory."""
-        self.progress(name, 0, 0)
-        start = time.perf_counter()
-        try:
-            yield
-            devices.synchronize(self.device)
-        except (RuntimeError, MemoryError) as error:
-            if not devices.is_out_of_memory(error):
-                raise
-            raise MemoryExceeded(
-                f"out of memory on {self.device} at the step '{name}': {self.work}",
-                hint="give fewer images, or a smaller --resolution",
-            ) from error
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-        self.peak_memory[name] = devices.peak_memory(self.device)
-        self.progress(name, 1, 1)
-
-
 def reconstruct(source: str, options: Options, progress: Progress = silent) -> Scene:
     """Cameras, depth and points of the photos in `source` (see `images.find`).
 
@@ -105,7 +68,7 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
     dtype = devices.compute_dtype(device)
     root, paths = photos.find(source)
     shaping, warnings = _shaping(_weights(options).shaping, options.resolution)
-    stages = _Stages(device, progress)
+    stages = Stages(device, progress)
     with stages.stage("load images"):
         loaded = photos.load(root, paths, shaping, lambda n: progress("load images", n, len(paths)))
     if options.strict and loaded.unreadable:
@@ -121,24 +84,21 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
             options.model, device, dtype, heads, partial(progress, "load weights")
         )
     with stages.stage("predict"):
-        prediction = _with_shared_cameras(predict(network, loaded.images), group)
+        prediction = predict(network, loaded.images)
+    raw = prediction.cameras
+    prediction = dataclasses.replace(prediction, cameras=share_intrinsics(raw, group))
     start = given.begin(prior, prediction, group, loaded.images)
     start, improved = _improved(loaded, prior, start, network, options, stages)
     improved, metric = given.in_metres(prior, start, improved, loaded.photos)
     warnings += _warned([*start.warnings, *improved.warnings]) + _words(loaded, improved)
     with stages.stage("fuse"):
         tracks, rgb, dense = _points(improved, options)
-    made_by = Provenance(
-        used.name,
-        used.sha256,
-        used.licence,
-        used.commercial,
-        str(device),
-        str(dtype).removeprefix("torch."),
-        dataclasses.asdict(options),
-        stages.seconds,
-        stages.peak_memory,
-    )
+    with stages.stage("diagnose"):
+        findings = diagnose(loaded.photos, improved, raw, start.group)
+    weights_used = used.name, used.sha256, used.licence, used.commercial
+    machine = str(device), str(dtype).removeprefix("torch.")
+    spent = stages.seconds, stages.peak_memory
+    made_by = Provenance(*weights_used, *machine, dataclasses.asdict(options), *spent)
     return Scene(
         loaded.photos,
         improved.images,
@@ -154,6 +114,7 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
         "depth" if improved.tracks is None else "image",
         improved.refinement,
         given.report(prior, start, metric),
+        findings,
     )
 
 
@@ -162,7 +123,7 @@ def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) ->
 
     Where they confirm none that are better, the scene as it was, with the reasons in `refinement`.
     """
-    stages = _Stages(torch.device("cpu"), progress)
+    stages = Stages(torch.device("cpu"), progress)
     loaded = photos.Loaded(scene.images, scene.photos, scene.unreadable)
     before = scene.prediction
     if scene.priors.get("intrinsics", {}).get("fixed"):
@@ -187,6 +148,10 @@ def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) ->
     with stages.stage("fuse"):
         tracks, rgb = colored(improved.tracks, improved.images, again.points)
         dense = scene.dense and _dense(improved.prediction, improved.images, again)
+    findings = scene.findings
+    if scene.dense is not None:
+        with stages.stage("diagnose"):
+            findings = diagnose(scene.photos, improved, None, scene.camera_of_image)
     made_by = dataclasses.replace(
         scene.made_by,
         options={**known, "refine": options.method},
@@ -204,6 +169,7 @@ def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) ->
         warnings=warnings,
         seen_in="image",
         refinement=improved.refinement,
+        findings=findings,
     )
 
 
@@ -244,10 +210,6 @@ def _shaping(preset: Shaping, resolution: int | None) -> tuple[Shaping, list[str
     return dataclasses.replace(preset, resolution=resolution), [words]
 
 
-def _with_shared_cameras(prediction: Prediction, group: list[int]) -> Prediction:
-    return dataclasses.replace(prediction, cameras=share_intrinsics(prediction.cameras, group))
-
-
 def _prior(options: Options, loaded: photos.Loaded) -> given.Given:
     """What the options say of the cameras, read."""
     if options.keep_poses and options.refine == "sfm":
@@ -262,7 +224,7 @@ def _improved(
     start: given.Start,
     network: Network,
     options: Options,
-    stages: _Stages,
+    stages: Stages,
 ) -> tuple[given.Start, Improved]:
     """The start with all that is given, and what the photos at full size make of it."""
     images = loaded.images

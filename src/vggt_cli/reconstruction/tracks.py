@@ -48,6 +48,7 @@ ENOUGH = 100  # observations in tracks: a photo with fewer asks the next source
 # repeated structure gives few and wrong ones. The prediction weighs, but strong evidence wins.
 AGREED, DISAGREED, DISAGREED_SHARE = 15, 30, 0.25
 AGREEMENT = 30.0  # degrees: what a rough network may be off
+COMPARED = 4096  # features of a photo, the largest, where not every pair is compared
 QUERIES = 8  # photos at most whose points the network's tracker follows
 
 
@@ -107,6 +108,8 @@ def follow(
     if len(photos) > EXHAUSTIVE:
         vectors = [torch.from_numpy(f.vectors) for f in features]
         looks = alike(vectors, partial(progress, "compare photos"))
+        # A quarter of the time; adjustment takes a thousand tracks of a photo.
+        features = [Features(f.xy[:COMPARED], f.vectors[:COMPARED]) for f in features]
     pairs = choose(guess.covisible, looks)
     test = partial(_verified, guess=guess, progress=partial(progress, "match features"))
     found = [test(by_likeness("sift", features, pairs))]
