@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -315,15 +316,13 @@ def test_the_hint_mends_the_file(transforms: bool, axes: str, camera_to_world: b
         if step.startswith("invert"):
             mended = invert(mended)
             continue
-        what, numbers = step.removeprefix("negate of ").rsplit(
-            "column" if "column" in step else "row", 1
-        )
-        chosen = [int(n) - 1 for n in numbers.partition(",")[0].strip("s ").split(" and ")]
-        if "column" in step:
-            assert what == "R the " or what == "R "
+        said = re.match(r"negate (column|row)s? ([123 and]+) of (R|\[R \| t\])", step)
+        assert said
+        chosen = [int(n) - 1 for n in said[2].split(" and ")]
+        assert said[3] == ("R" if said[1] == "column" else "[R | t]")
+        if said[1] == "column":
             mended[:, :, chosen] *= -1
         else:
-            assert what in ("[R | t] the ", "[R | t] ")
             mended[:, chosen] *= -1
     torch.testing.assert_close(replace(poses, matrices=mended).extrinsics, true.extrinsics)
 
@@ -337,7 +336,7 @@ def test_a_mirrored_world_with_proper_rotations_is_named(tmp_path: Path) -> None
     model = write_model(tmp_path, replace(true, extrinsics=mirrored))
     with pytest.raises(InputError, match="mirrored") as error:
         place(read_poses(model), NAMES, disturbed(true, 3, 0.05))
-    assert "negate of R column 1, which mirrors the world back" in error.value.hint
+    assert "negate column 1 of R, which mirrors the world back" in error.value.hint
 
 
 def test_a_level_circle_of_opengl_cameras_is_named_so() -> None:

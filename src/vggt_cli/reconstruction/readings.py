@@ -21,6 +21,7 @@ WORSE = 3.0  # times the error of the best reading, at least: a mistake
 GAP_DEGREES, GAP_PIXELS = 15.0, 5.0  # and so much more than it
 CONFIRMED = 0.8  # of the error on tracks as documented: below it they confirm the prediction
 FEW_TRACKS = 20
+FARTHEST = 1000.0  # an error above it is of points behind cameras
 SHORT = 0.01  # of the longest way between two photos: too short to have a direction
 
 QUARTER = torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
@@ -78,7 +79,7 @@ class Witness:
 
     def said(self, error: float) -> str:
         """The error in words."""
-        return self.words.format(f"{error:.1f}")
+        return self.words.format(f"{error:.1f}" if error < FARTHEST else f"over {FARTHEST:.0f}")
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def mistake(poses: Poses, rows: list[int], witness: Witness) -> Mistake | None:
         return None
     words = (
         f"the poses are not {plain.words}, but {best.words}: read so, "
-        f"{witness.said(errors[best])} in the median, as they should be read {as_said:.1f}: "
+        f"{witness.said(errors[best])} in the median; as documented, {witness.said(as_said)}: "
         f"{poses.path}"
     )
     return Mistake(best, words, _mend(plain, best, matrices))
@@ -177,13 +178,15 @@ def _mend(wanted: Reading, found: Reading, matrices: Tensor) -> str:
     if wanted.camera_to_world != found.camera_to_world:
         steps.append("invert each matrix [R | t]: [R' | -R' t], R' the transpose of R")
     flip = torch.diagonal(AXES[wanted.axes] @ AXES[found.axes]) < 0
-    numbers = " and ".join(str(k + 1) for k in flip.nonzero()[:, 0].tolist())
+    numbers = [k + 1 for k in flip.nonzero()[:, 0].tolist()]
+    columns, rows = ("column", "R"), ("row", "[R | t]")
     if numbers:
-        what = "of R the columns" if wanted.camera_to_world else "of [R | t] the rows"
-        steps.append(f"negate {what} {numbers}")
-    if int(flip.sum()) % 2 and bool((torch.linalg.det(matrices[:, :, :3]) > 0).all()):
-        what = "of [R | t] row" if wanted.camera_to_world else "of R column"
-        steps.append(f"negate {what} 1, which mirrors the world back")
+        part, of = columns if wanted.camera_to_world else rows
+        many = "s" if len(numbers) > 1 else ""
+        steps.append(f"negate {part}{many} {' and '.join(map(str, numbers))} of {of}")
+    if len(numbers) % 2 and bool((torch.linalg.det(matrices[:, :, :3]) > 0).all()):
+        part, of = rows if wanted.camera_to_world else columns
+        steps.append(f"negate {part} 1 of {of}, which mirrors the world back")
     return "; then ".join(steps)
 
 
