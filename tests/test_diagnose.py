@@ -55,7 +55,7 @@ def test_every_group_but_the_largest_is_named_whole() -> None:
     names = [f"{i}.jpg" for i in range(20)]
     found = strangers(names, [list(range(7, 20)), [0, 1, 2, 3, 4, 5], [6]], "feature")
     assert [f.files for f in found] == [tuple(names[:6]), ("6.jpg",)]
-    assert "0.jpg, 1.jpg, 2.jpg, 3.jpg, 4.jpg and 1 more" in found[0].words
+    assert "0.jpg, 1.jpg, 2.jpg and 3 more" in found[0].words
     assert strangers(names, [list(range(20))], "feature") == []
     assert strangers(["one.jpg"], [[0]], "feature") == []
     (alone,) = strangers(["a", "b"], [[0], [1]], "feature")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vggt_cli.formats.names import few
 from vggt_cli.geometry import project, resize, unproject
 from vggt_cli.reconstruction.improve import Improved
 from vggt_cli.reconstruction.lenses import against_headers, bent, scattered
@@ -27,7 +28,6 @@ OVERLAP = 0.1
 LAYERED = 0.06
 FEW = 50  # samples of a photo in another: fewer say nothing
 BEHIND = -0.2  # of the depth: a point this far behind what another photo sees is hidden there
-NAMED = 5  # files in words; `Finding.files` has them all
 
 
 def diagnose(
@@ -69,12 +69,6 @@ def _linked(prediction: Prediction, valid: Tensor, found: FeatureTracks | None) 
     return linked
 
 
-def listed(names: Sequence[str]) -> str:
-    """The names in words, some of them if there are many."""
-    rest = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
-
-
 def strangers(names: Sequence[str], groups: Sequence[list[int]], shared: str) -> list[Finding]:
     """Groups of frames, the largest first, that have nothing in common with that.
 
@@ -89,7 +83,7 @@ def strangers(names: Sequence[str], groups: Sequence[list[int]], shared: str) ->
         files = tuple(names[i] for i in group)
         words = (
             f"{len(files)} of {len(names)} photos share no {shared} with the others: "
-            f"{listed(files)}; their place beside the others is a guess"
+            f"{few(files)}; their place beside the others is a guess"
         )
         command = (
             "take photos that lead from one group to the other, or give these alone, one path a "
@@ -98,7 +92,7 @@ def strangers(names: Sequence[str], groups: Sequence[list[int]], shared: str) ->
         found.append(Finding("group", words, files, command))
     if lonely:
         files = tuple(names[i] for i in sorted(lonely))
-        words = f"{len(files)} of {len(names)} photos share no {shared} with any: {listed(files)}"
+        words = f"{len(files)} of {len(names)} photos share no {shared} with any: {few(files)}"
         command = "leave these out, or retake them so that two thirds of each are in another photo"
         found.append(Finding("group", words, files, command))
     return found
@@ -154,7 +148,7 @@ def layers(
     worst = [i for i in both.argsort(descending=True).tolist() if both[i] > limit]
     if not worst and scene <= LAYERED:
         return []
-    named = listed([f"{names[i]} ({both[i]:.0%})" for i in worst])
+    named = few([f"{names[i]} ({both[i]:.0%})" for i in worst])
     if scene > LAYERED:
         words = (
             f"surfaces lie in layers: where two photos show the same place, their depths differ by "
@@ -175,7 +169,7 @@ def soft(photos: Sequence[Photo], sharpness: Sequence[float]) -> list[Finding]:
         return []
     usual = float(torch.tensor(sharpness, dtype=torch.float64).nanmedian())
     files = tuple(photos[i].name for i in frames)
-    named = listed([f"{photos[i].name} ({sharpness[i] / usual:.0%})" for i in frames])
+    named = few([f"{photos[i].name} ({sharpness[i] / usual:.0%})" for i in frames])
     words = f"{len(files)} of {len(photos)} photos are blurred (sharpness beside the rest): {named}"
     return [Finding("blur", words, files, "retake these, or leave them out")]
 
@@ -185,6 +179,6 @@ def twice(names: Sequence[str], groups: Sequence[list[int]]) -> list[Finding]:
     found = []
     for group in groups:
         files = tuple(names[i] for i in group)
-        words = f"{len(files)} photos show the same from the same place: {listed(files)}"
+        words = f"{len(files)} photos show the same from the same place: {few(files)}"
         found.append(Finding("duplicate", words, files, f"leave out all of these but {files[0]}"))
     return found

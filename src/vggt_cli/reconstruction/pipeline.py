@@ -15,6 +15,7 @@ from vggt_cli import device as devices
 from vggt_cli.errors import InputError
 from vggt_cli.formats import images as photos
 from vggt_cli.formats.lenses import camera_groups
+from vggt_cli.formats.names import few
 from vggt_cli.geometry import resize, share_intrinsics
 from vggt_cli.models import weights
 from vggt_cli.models.catalog import CATALOG, Entry
@@ -268,9 +269,9 @@ def _words(loaded: photos.Loaded, improved: Improved) -> list[str]:
     warnings = []
     rows = list(zip(loaded.images.names, done.images, strict=True))
     if moved := [name for name, row in rows if row["pose"] == "re-aligned"]:
-        warnings.append(f"predicted pose moved with the others, not refined: {', '.join(moved)}")
+        warnings.append(f"predicted pose moved with the others, not refined: {few(moved)}")
     if bent := [name for name, row in rows if row["depth_disagrees"]]:
-        warnings.append(f"depth does not have the shape of the points: {', '.join(bent)}")
+        warnings.append(f"depth does not have the shape of the points: {few(bent)}")
     return _warned(warnings)
 
 
