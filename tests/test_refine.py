@@ -193,6 +193,17 @@ def test_a_hopeless_prediction_is_replaced_by_structure_from_motion(
     assert torch.equal(again.cameras.extrinsics, refined.cameras.extrinsics)
 
 
+def test_an_image_without_tracks_is_no_reason_to_try_structure_from_motion(
+    true: Cameras, exact: Tracks
+) -> None:
+    start = disturbed(true, 5, 0.1, focal=0.03)
+    alone = refine(start, without_tracks(exact, 5), [0] * 6, AUTO)
+    assert alone.verdict.method == "ba"
+    assert "sfm" not in alone.verdict.words
+    wrong = refine(start, scrambled(exact, 5), [0] * 6, AUTO)
+    assert "sfm" in wrong.verdict.words  # that image has tracks: another way may place it
+
+
 def test_structure_from_motion_leaves_an_image_without_tracks_where_it_was(
     true: Cameras, exact: Tracks
 ) -> None:

@@ -103,10 +103,10 @@ def refine(
         return _result(cameras, predicted, unchanged, tracks, verdict, options)
     if len(rest.xyz) < ENOUGH_TRACKS or len(held.xyz) == 0:
         return _result(cameras, predicted, unchanged, tracks, verdict, options)
-    before = score(predicted, held)
+    before, seen = score(predicted, held), torch.bincount(tracks.frame, minlength=len(group))
     best, chosen = before, unchanged
     method: Literal["none"] | Method = "none"
-    notes = [f"predicted: {_words(before)}"]
+    notes = [f"before: {_words(before)}"]
     start = predicted if options.fixed_intrinsics else _square_pixels(predicted)
     for name in _methods(options):
         try:
@@ -118,7 +118,8 @@ def refine(
         notes.append(f"{name}: {against or _words(reached)}")
         if not against and reached.share >= TRUSTED and reached.beats(best):
             best, chosen, method = reached, fit, name
-        if method != "none" and best.share >= GOOD and not chosen.reasons:
+        hopeful = [i for i in chosen.reasons if seen[i] >= ENOUGH_TRACKS]
+        if method != "none" and best.share >= GOOD and not hopeful:
             break
     verdict = Verdict(method, before, best, "; ".join(notes))
     return _result(cameras, predicted, chosen, tracks, verdict, options)
