@@ -66,7 +66,7 @@ BESIDE = {
         "check_files": {"colmap_rows", "headers", "view_selection"},
         "check_faults": {"check_files", "colmap_rows", "headers"},
         "check_rules": {"check_faults", "check_files"},
-        "check": {"check_files", "check_rules"},
+        "check": {"check_files", "check_rules", "colmap_rows"},
         "features": {"colmap"},
         "adjust": {"colmap"},
     },
