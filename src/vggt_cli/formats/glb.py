@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +26,9 @@ def write(scene: Scene, model: Model, folder: Path) -> None:
     linear, so those of the photos are converted. Raises OutputError for a scene without points.
     Source: glTF 2.0, sections 3.4 and 3.7.2.1.
     """
-    import trimesh
+    import trimesh as module
 
+    trimesh: Any = module  # half of it has types
     xyz, rgb = (
         (scene.tracks.xyz, scene.rgb) if scene.dense is None else (scene.dense.xyz, scene.dense.rgb)
     )

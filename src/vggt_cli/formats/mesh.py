@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,9 +63,8 @@ def write(scene: Scene, model: Model, folder: Path) -> None:
     """
     module = open3d()
     seen = [_without_edges(view) for view in views(scene, model)]
-    found = _integrated(module, seen, voxel_size(seen)).extract_triangle_mesh(
-        min(1.0, len(seen) - 1.0)  # two frames see it, where there are two
-    )
+    grid = _integrated(module, seen, voxel_size(seen))
+    found = grid.extract_triangle_mesh(0.0)  # what one depth map is sure of is a surface
     faces = found.triangle.indices.numpy() if "indices" in found.triangle else np.empty((0, 3))
     if not len(faces):
         raise OutputError("no surface in this scene: its depth maps do not agree")
@@ -108,7 +108,7 @@ def _blocks(seen: Sequence[tuple[View, Array]], voxel: float) -> int:
     return len(torch.cat(found).unique(dim=0))
 
 
-def _integrated(module: ModuleType, seen: Sequence[tuple[View, Array]], voxel: float) -> object:
+def _integrated(module: ModuleType, seen: Sequence[tuple[View, Array]], voxel: float) -> Any:
     """The grid of all depth maps. open3d cuts pixels off to whole numbers: centres are at +0.5."""
     core, geometry = module.core, module.t.geometry
     kinds, channels = (core.float32,) * 3, ((1), (1), (3))
