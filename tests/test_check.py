@@ -182,6 +182,14 @@ def workspace(folder: Path) -> None:
     (folder / "stereo/patch-match.cfg").touch()
 
 
+def exported(folder: Path, *paths: str) -> None:
+    """As a scene of ours into which `vggt export` wrote the files."""
+    (folder / "depth").mkdir()
+    for path in ("report.json", *paths):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+
+
 def in_text(folder: Path) -> None:
     colmap.write_text(model(), folder / "sparse")
 
@@ -248,6 +256,8 @@ CASES = {
     "few-to-fuse": Case("fusion", MENDABLE, lambda f: write(f, first(model(), 4))),
     "blank": Case("instant-ngp", BROKEN, single),
     "workspace": Case("patch-match", MENDABLE, nothing, good=workspace),
+    "own-workspace": Case("fusion", MENDABLE,
+                          lambda f: exported(f, "colmap_dense/stereo/fusion.cfg")),
     "text": Case("openmvs", MENDABLE, nothing, good=in_text),
     "place": Case("nerfstudio", MENDABLE, nothing, good=in_colmap),
     "factor": Case("gsplat", MENDABLE, nothing, good=quarter),
@@ -328,6 +338,41 @@ def test_after_the_commands_the_scene_is_as_the_program_wants_it(
     left = {finding.rule for finding in after.findings if finding.level != NOTE}
     # gsplat and nerfstudio are told by an option instead.
     assert left <= {"gsplat": {"factor"}, "nerfstudio": {"place"}}.get(consumer, set())
+
+
+def commands(folder: Path, consumer: str) -> tuple[str, ...]:
+    (verdict,) = check.check_folder(folder, [consumer])
+    return verdict.commands
+
+
+def test_a_scene_of_ours_needs_no_colmap_to_become_text(tmp_path: Path) -> None:
+    exported(write(tmp_path))
+    first, copy, last = commands(tmp_path, "openmvs")
+    assert first == f"vggt export {tmp_path} --format colmap-txt"
+    assert commands(tmp_path, "instant-ngp")[0] == first
+    colmap.write_text(model(), tmp_path / "sparse/0")  # what it does
+    assert commands(tmp_path, "openmvs") == (copy, last)
+    perform(copy)
+    assert levels(tmp_path, "openmvs") == {}
+    assert levels(tmp_path, "instant-ngp") == {}
+
+
+def test_exported_depth_maps_are_fused_without_patch_match(tmp_path: Path) -> None:
+    exported(write(tmp_path, first(model(), 2)), "colmap_dense/stereo/fusion.cfg")
+    assert commands(tmp_path, "fusion") == (
+        f"colmap stereo_fusion --workspace_path {tmp_path}/colmap_dense "
+        f"--output_path {tmp_path}/fused.ply --StereoFusion.min_num_pixels 2",
+    )
+    assert levels(tmp_path, "fusion") == {"own-workspace": MENDABLE, "few-to-fuse": MENDABLE}
+    assert "image_undistorter" in commands(tmp_path, "patch-match")[0]
+
+
+def test_nerfstudio_takes_a_scene_with_our_transforms_json_as_it_is(tmp_path: Path) -> None:
+    large(write(tmp_path))
+    (tmp_path / "transforms.json").touch()
+    assert set(levels(tmp_path, "nerfstudio")) == {"place", "large"}  # anyone's says nothing
+    exported(tmp_path)
+    assert levels(tmp_path, "nerfstudio") == {}
 
 
 @pytest.mark.colmap

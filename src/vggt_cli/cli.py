@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from vggt_cli import __version__, cli_check, cli_learning, cli_scenes
+from vggt_cli.cli_scenes import Format
 from vggt_cli.cli_weights import app as weights_app
 from vggt_cli.errors import VggtError
 from vggt_cli.terminal import Progress, Verbosity, diagnosed, speak
@@ -35,6 +36,7 @@ app.command()(cli_learning.train)
 app.command()(cli_learning.evaluate)
 app.command()(cli_check.check)
 app.command()(cli_scenes.refine)
+app.command()(cli_scenes.export)
 app.command()(cli_scenes.compare)
 app.command()(cli_scenes.view)
 
@@ -55,12 +57,6 @@ class Refine(enum.StrEnum):
     none = "none"
     ba = "ba"
     sfm = "sfm"
-
-
-class Format(enum.StrEnum):
-    """What is written beside the binary COLMAP model."""
-
-    colmap_txt = "colmap-txt"
 
 
 def _show_version(wanted: bool) -> None:
@@ -182,7 +178,7 @@ def reconstruct(
     splatting give the trainer OUT as it is (gsplat: --data-factor 1).
     """
     speak(quiet, verbose)
-    from vggt_cli.formats import export
+    from vggt_cli.formats import export, writers
     from vggt_cli.reconstruction import pipeline
 
     options = pipeline.Options(
@@ -204,6 +200,7 @@ def reconstruct(
         offline=offline,
     )
     formats = [name.value for name in format or []] + (["tokens"] if save_tokens else [])
+    writers.require(formats)
     export.refuse_existing(out, overwrite)
     if dry_run:
         _print_plan(pipeline.plan(source, options) | {"out": str(out.absolute())}, as_json)

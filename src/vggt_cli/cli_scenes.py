@@ -146,7 +146,7 @@ def refine(
     model is only read: --out says where the result goes.
     """
     speak(quiet, verbose)
-    from vggt_cli.formats import export, scene_read
+    from vggt_cli.formats import export, scene_read, writers
     from vggt_cli.reconstruction import pipeline
     from vggt_cli.reconstruction.refine import RefineOptions
 
@@ -158,13 +158,14 @@ def refine(
         export.refuse_strangers(scene)
     else:
         export.refuse_existing(out, overwrite)
+    formats = scene_read.formats(scene) if ours else []
+    writers.require(formats)
     with Progress(quiet) as progress:
         before = scene_read.read(scene) if ours else scene_read.read_foreign(scene, images)
         after = pipeline.refine(before, RefineOptions(method.value, seed), progress)
         unchanged = after.refinement is not None and after.refinement.method == "none"
         if out is not None or not unchanged:
             progress("write", 0, 0)
-            formats = scene_read.formats(scene) if ours else []
             html = not ours or (scene / "scene.html").is_file()
             export.write(after, target, formats, overwrite or out is None, html=html)
             diagnosed(after.findings, str(scene / "images"), target)
@@ -173,6 +174,53 @@ def refine(
         typer.echo(json.dumps({"scene": str(target.absolute()), **content}))
     else:
         typer.echo(target)
+
+
+class Format(enum.StrEnum):
+    """What is written beside the binary COLMAP model."""
+
+    colmap_txt = "colmap-txt"
+    depth = "depth"
+    nerfstudio = "nerfstudio"
+    glb = "glb"
+    mesh = "mesh"
+
+
+def export(
+    scene: Annotated[
+        Path, typer.Argument(metavar="SCENE", help="Scene folder that this tool wrote.")
+    ],
+    formats: Annotated[
+        list[Format], typer.Option("--format", "-f", help="May be given several times.")
+    ],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files of these formats.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+) -> None:
+    """Add further formats to a finished scene; no network runs. Prints what was written.
+
+    colmap-txt: sparse/0/*.txt. nerfstudio: transforms.json (camera-to-world, OpenGL axes).
+    depth: colmap_dense/ (COLMAP's stereo_fusion), inverse_depths/ with sparse/0/depth_params.json
+    (3DGS), depths/ (nerfstudio, millimetres). glb: scene.glb, points and cameras. mesh: mesh.ply
+    (needs open3d). All of them are added, or none. Conventions: docs/formats.md.
+    """
+    speak(quiet, 0)
+    from vggt_cli.formats import export as writing
+    from vggt_cli.formats import scene_read, writers
+
+    names = [name.value for name in formats]
+    writers.require(names)
+    if not scene_read.is_ours(scene):
+        raise InputError(
+            f"not a scene of this tool: {scene}", "vggt refine MODEL --out SCENE makes one of it"
+        )
+    written = writing.add(scene_read.read(scene), scene, names, overwrite)
+    if as_json:
+        typer.echo(json.dumps({"scene": str(scene.absolute()), "written": list(map(str, written))}))
+    else:
+        typer.echo("\n".join(map(str, written)))
 
 
 def view(

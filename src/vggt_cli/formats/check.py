@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vggt_cli.formats.check_files import Files, examine
 from vggt_cli.formats.check_rules import BROKEN, MENDABLE, NOTE, RULES
+from vggt_cli.formats.colmap_rows import PARTS
 
 LABELS = {
     "colmap": "COLMAP GUI",
@@ -91,7 +92,7 @@ class _Way:
 
     def __init__(self, files: Files, mends: set[str]) -> None:
         self.root, self.model, self.kind = files.folder, files.model, files.kind
-        self.count, self.mends = len(files.images), mends
+        self.count, self.mends, self.ours = len(files.images), mends, files.ours
         self.commands: list[str] = []
         if mends & UNDISTORT:
             there = self.root / "undistorted"
@@ -120,6 +121,16 @@ class _Way:
         )
         self.model, self.kind = there, kind.lower()
 
+    def as_text(self, there: Path) -> None:
+        """The model as text files: in the folder `there`, or where `vggt export` puts them."""
+        texts = all((self.model / f"{part}.txt").is_file() for part in PARTS)
+        if self.ours and not texts:
+            self.run(f"vggt export {_q(self.root)} --format colmap-txt")
+        if texts or self.ours:
+            self.kind = "txt"
+        else:
+            self.convert(there, "TXT")
+
 
 def _q(path: Path) -> str:
     return shlex.quote(str(path))
@@ -136,10 +147,14 @@ def _patch_match(way: _Way) -> list[str]:
 
 
 def _fusion(way: _Way) -> list[str]:
-    _patch_match(way)
+    if "own-workspace" in way.mends:  # patch_match_stereo would leave its maps as they are
+        there = way.root / "colmap_dense"
+    else:
+        _patch_match(way)
+        there = way.root
     few = f" --StereoFusion.min_num_pixels {way.count}" if way.count < 5 else ""
     out = _q(way.root / "fused.ply")
-    return way.run(f"colmap stereo_fusion --workspace_path {_q(way.root)} --output_path {out}{few}")
+    return way.run(f"colmap stereo_fusion --workspace_path {_q(there)} --output_path {out}{few}")
 
 
 def _3dgs(way: _Way) -> list[str]:
@@ -172,11 +187,9 @@ def _brush(way: _Way) -> list[str]:
 
 
 def _openmvs(way: _Way) -> list[str]:
-    there, texts = way.root / "sparse", way.model / "cameras.txt"
-    if texts.is_file() and way.kind == "txt":
-        way.place(there)
-    else:
-        way.convert(there, "TXT")
+    there = way.root / "sparse"
+    way.as_text(there)
+    way.place(there)
     if "simple-pinhole" in way.mends:  # image_undistorter leaves it as it is
         pattern = r"s/SIMPLE_PINHOLE ([0-9]+ [0-9]+) ([^ ]+)/PINHOLE \1 \2 \2/"
         way.run(f"sed -E -i '{pattern}' {_q(there / 'cameras.txt')}")
@@ -185,7 +198,7 @@ def _openmvs(way: _Way) -> list[str]:
 
 def _instant_ngp(way: _Way) -> list[str]:
     if way.mends & {"text", *UNDISTORT}:
-        way.convert(way.root / "text", "TXT")
+        way.as_text(way.root / "text")
     text = shlex.quote(way.model.relative_to(way.root).as_posix())
     # Its paths to photos are relative to where it runs.
     return way.run(f"cd {_q(way.root)} && python colmap2nerf.py --text {text} --images images")

@@ -20,6 +20,7 @@ Size = tuple[int, int]  # (height, width)
 Fault = tuple[str, str]  # the file, seen from the scene's folder, and what is wrong with it
 _NAMES = [name for name, *_ in MODELS]
 # Camera models that a reader takes as they are.
+WORKSPACE = "colmap_dense/stereo/fusion.cfg"  # of `vggt export --format depth`
 LENSES = {
     "3dgs": {"SIMPLE_PINHOLE", "PINHOLE"},
     "gsplat": set(_NAMES[:6]),
@@ -250,6 +251,8 @@ def alone(files: Files, consumer: str) -> Fault | None:
 
 
 def fewer_than_3(files: Files, consumer: str) -> Fault | None:
+    if consumer == "fusion" and files.exported(WORKSPACE):
+        return None  # nothing is matched
     return (files.part("images"), "2 images") if len(files.images) == 2 else None
 
 
@@ -259,10 +262,16 @@ def fewer_than_5(files: Files, consumer: str) -> Fault | None:
 
 
 def no_workspace(files: Files, consumer: str) -> Fault | None:
+    if consumer == "fusion" and files.exported(WORKSPACE):
+        return None
     plain = all("PINHOLE" in camera.model for camera in files.used.values())
     config = files.folder / "stereo" / "patch-match.cfg"
     there = config.is_file() and files.model == files.folder / "sparse"
     return None if there and plain else (files.inside(files.model), "no dense workspace")
+
+
+def own_workspace(files: Files, consumer: str) -> Fault | None:
+    return ("colmap_dense", "holds the depth maps") if files.exported(WORKSPACE) else None
 
 
 def no_text(files: Files, consumer: str) -> Fault | None:
@@ -272,6 +281,8 @@ def no_text(files: Files, consumer: str) -> Fault | None:
 
 
 def elsewhere(files: Files, consumer: str) -> Fault | None:
+    if consumer == "nerfstudio" and files.exported("transforms.json"):
+        return None
     there = files.inside(files.model)
     return None if there in PLACES[consumer] else (there, f"not in {PLACES[consumer][0]}")
 
@@ -281,6 +292,8 @@ def no_factor(files: Files, consumer: str) -> Fault | None:
 
 
 def large(files: Files, consumer: str) -> Fault | None:
+    if files.exported("transforms.json"):
+        return None  # whose reader does not ask
     bad = [image for image, _, header in files.opened if max(header.size) > 1600]
     return None if (files.folder / "images_2").is_dir() else _of(files, bad, "over 1600 pixels")
 

@@ -44,6 +44,16 @@ class Files:
         return path.relative_to(self.folder).as_posix()
 
     @cached_property
+    def ours(self) -> bool:
+        """Whether `vggt export` takes the scene."""
+        there = (self.folder / "report.json").is_file() and (self.folder / "depth").is_dir()
+        return there and self.model == self.folder / "sparse/0"
+
+    def exported(self, path: str) -> bool:
+        """Whether `vggt export` wrote the file."""
+        return self.ours and (self.folder / path).is_file()
+
+    @cached_property
     def lonely(self) -> list[str]:
         return without_neighbours(self.images, self.points)
 

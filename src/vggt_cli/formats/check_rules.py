@@ -25,6 +25,7 @@ READER_BRUSH = "Brush: brush-dataset/src/formats/colmap.rs"
 READER_OPENMVS = "OpenMVS: apps/InterfaceCOLMAP/InterfaceCOLMAP.cpp"
 READER_NGP = "instant-ngp: scripts/colmap2nerf.py"
 READER_MVS = "COLMAP: mvs/model.cc, mvs/patch_match.cc"
+READER_FUSION = "COLMAP: mvs/fusion.cc"
 READERS = "all of them"
 
 
@@ -143,6 +144,8 @@ POINTS = (
 PLACE = (
     Rule("workspace", faults.no_workspace, _to(MENDABLE, *DENSE),
          "image_undistorter makes one", READER_MVS),
+    Rule("own-workspace", faults.own_workspace, _to(MENDABLE, "fusion"),
+         "stereo_fusion takes the depth maps of vggt export", READER_FUSION),
     Rule("text", faults.no_text, _to(MENDABLE, "openmvs", "instant-ngp"),
          "it reads no others", f"{READER_OPENMVS}; {READER_NGP}"),
     Rule("place", faults.elsewhere, _to(MENDABLE, "3dgs", "gsplat", "nerfstudio"),

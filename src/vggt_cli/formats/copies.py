@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,25 @@ from vggt_cli.scene import Photo
 
 ROWS = 128  # resampled at a time: a photo of 12 megapixels takes about 300 MB in all
 Values = np.ndarray[tuple[int, ...], np.dtype[Any]]
+
+
+def clone(source: Path, target: Path) -> None:
+    """`target` with the content of `source`: reflink where the disk can, hard link, else copy."""
+    if sys.platform == "linux":
+        import fcntl
+
+        with source.open("rb") as original, target.open("wb") as copy, _if_possible():
+            fcntl.ioctl(copy, 0x40049409, original.fileno())  # FICLONE
+            return
+        target.unlink()
+    with _if_possible():
+        os.link(source.resolve(), target)
+        return
+    shutil.copy2(source, target)
+
+
+def _if_possible() -> contextlib.suppress:
+    return contextlib.suppress(OSError)
 
 
 def upright_copy(photo: Photo, target: Path) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import platform
 import re
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -23,16 +21,18 @@ from PIL import Image
 
 from vggt_cli import __version__
 from vggt_cli.errors import OutputError
-from vggt_cli.formats import colmap, page, points
-from vggt_cli.formats.copies import straight_copy, upright_copy
+from vggt_cli.formats import colmap, page, points, writers
+from vggt_cli.formats.copies import clone, straight_copy, upright_copy
 from vggt_cli.formats.images import frame_of
+from vggt_cli.formats.writers import PLACES
 from vggt_cli.geometry import resize
 from vggt_cli.scene import Scene
 
 REPORT_SCHEMA = 1
 OURS = {
     *("images", "sparse", "points.ply", "confidence", "depth"),
-    *("report.json", "scene.html", "tokens.npz"),
+    *("report.json", "scene.html"),
+    *(place.split("/")[0] for places in PLACES.values() for place in places),
 }
 
 
@@ -51,12 +51,22 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
 
 def refuse_strangers(folder: Path) -> None:
     """Raise OutputError where `folder` holds what a new scene in its place would not."""
-    strangers = sorted({path.name for path in _entries(folder)} - OURS)
+    names = {path.name for path in _entries(folder) if not path.name.startswith(writers.DRAFT)}
+    strangers = sorted(names - OURS)
     if strangers:
         raise OutputError(
             f"files that are not ours would be lost: {folder}: {', '.join(strangers[:5])}",
             hint="move them, or give --out",
         )
+
+
+def add(scene: Scene, folder: Path, formats: Sequence[str], overwrite: bool = False) -> list[Path]:
+    """Add `formats` to a finished scene that was read from `folder`; returns what was written.
+
+    All of them or none. Raises OutputError where one is there already, without `overwrite`.
+    """
+    model = as_colmap(scene, [photo.path.name for photo in scene.photos])
+    return writers.add(scene, model, folder, formats, overwrite)
 
 
 def _entries(folder: Path) -> Iterator[Path]:
@@ -93,8 +103,7 @@ def write(
             points.write_cloud(scene.dense, draft / "points.ply")
             _write_confidence(scene, files, draft / "confidence")
             _write_depth(scene, files, draft / "depth")
-        for name in formats:
-            WRITERS[name](scene, model, draft)
+        writers.write(scene, model, draft, formats)
         if html:
             page.write(as_page(scene, model, folder.absolute().name), draft / "scene.html")
         content = report(scene, model)
@@ -105,25 +114,20 @@ def write(
 def _becoming(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` that replaces it if the block ends well."""
     parent = folder.absolute().parent
-    draft: Path | None = None
-    try:
+    with writers.said(folder):
         parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent))
-        draft.chmod(0o755)  # mkdtemp makes it private
-        yield draft
-        if folder.exists():
-            old = draft.with_name(draft.name + ".old")
-            folder.rename(old)
-            draft.rename(folder)
-            shutil.rmtree(old)
-        else:
-            draft.rename(folder)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "free some space; nothing was left behind" if full else "choose another --out"
-        raise OutputError(f"cannot write: {folder} ({error.strerror or error})", hint) from error
-    finally:
-        if draft is not None:
+        try:
+            draft.chmod(0o755)  # mkdtemp makes it private
+            yield draft
+            if folder.exists():
+                old = draft.with_name(draft.name + ".old")
+                folder.rename(old)
+                draft.rename(folder)
+                shutil.rmtree(old)
+            else:
+                draft.rename(folder)
+        finally:
             shutil.rmtree(draft, ignore_errors=True)
 
 
@@ -156,31 +160,12 @@ def _write_images(scene: Scene, model: colmap.Model, folder: Path) -> None:
         elif photo.rotated:
             upright_copy(photo, folder / file)
         else:
-            _clone(photo.path, folder / file)
+            clone(photo.path, folder / file)
 
 
 def _bent(scene: Scene, frame: int) -> bool:
     """Whether the photo was taken through a lens that the scene is without."""
     return scene.refinement is not None and bool(scene.refinement.lens.radial[frame] != 0)
-
-
-def _clone(source: Path, target: Path) -> None:
-    """`target` with the content of `source`: reflink where the disk can, hard link, else copy."""
-    if sys.platform == "linux":
-        import fcntl
-
-        with source.open("rb") as original, target.open("wb") as clone, _if_possible():
-            fcntl.ioctl(clone, 0x40049409, original.fileno())  # FICLONE
-            return
-        target.unlink()
-    with _if_possible():
-        os.link(source.resolve(), target)
-        return
-    shutil.copy2(source, target)
-
-
-def _if_possible() -> contextlib.suppress:
-    return contextlib.suppress(OSError)
 
 
 def as_colmap(scene: Scene, files: Sequence[str]) -> colmap.Model:
@@ -227,27 +212,6 @@ def _write_depth(scene: Scene, files: Sequence[str], folder: Path) -> None:
         depth = scene.prediction.depth[frame, rows, columns]
         largest = torch.finfo(torch.float16).max
         np.save(folder / f"{file}.npy", depth.clamp(max=largest).half().numpy())
-
-
-def _write_tokens(scene: Scene, model: colmap.Model, folder: Path) -> None:
-    """tokens.npz: names [S], tokens [S, 1+R, 2D] float32 (camera first), text [2D] if there."""
-    prediction = scene.prediction
-    if prediction.tokens is None:
-        raise OutputError("this network has no tokens to save", hint="leave out --save-tokens")
-    arrays = {"names": np.array(scene.images.names), "tokens": prediction.tokens.numpy()}
-    if prediction.text is not None:
-        arrays["text"] = prediction.text.numpy()
-    np.savez(folder / "tokens.npz", allow_pickle=False, **arrays)
-
-
-def _write_colmap_text(scene: Scene, model: colmap.Model, folder: Path) -> None:
-    colmap.write_text(model, folder / "sparse" / "0")
-
-
-WRITERS: dict[str, Callable[[Scene, colmap.Model, Path], None]] = {
-    "colmap-txt": _write_colmap_text,
-    "tokens": _write_tokens,
-}
 
 
 def report(scene: Scene, model: colmap.Model) -> dict[str, Any]:

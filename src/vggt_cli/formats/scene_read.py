@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vggt_cli.errors import InputError
-from vggt_cli.formats import colmap_read, points
+from vggt_cli.formats import colmap_read, points, writers
 from vggt_cli.formats.colmap import Model
 from vggt_cli.formats.images import Loaded, frame_of, load, load_sized
 from vggt_cli.geometry import keep_points, resize
@@ -41,8 +41,7 @@ def is_ours(folder: Path) -> bool:
 
 def formats(folder: Path) -> list[str]:
     """The further formats that a scene of ours holds, by their names for `export.write`."""
-    signs = {"colmap-txt": "sparse/0/cameras.txt", "tokens": "tokens.npz"}
-    return [name for name, sign in signs.items() if (folder / sign).is_file()]
+    return writers.held(folder)
 
 
 def read(folder: Path) -> Scene:
@@ -84,8 +83,8 @@ def read(folder: Path) -> Scene:
         tuple(report["warnings"]),
         report["scale"],
         report["tracks"],
-        priors=report["priors"],
-        findings=tuple(Finding(**row) for row in report["findings"]),
+        priors=report.get("priors", {}),
+        findings=tuple(Finding(**row) for row in report.get("findings", [])),
     )
 
 
