@@ -147,6 +147,8 @@ def refine(
     """
     speak(quiet, verbose)
     from vggt_cli.formats import export, scene_read
+    from vggt_cli.formats.claims import claimed
+    from vggt_cli.models.store import home
     from vggt_cli.reconstruction import pipeline
     from vggt_cli.reconstruction.refine import RefineOptions
 
@@ -158,7 +160,7 @@ def refine(
         export.refuse_strangers(scene)
     else:
         export.refuse_existing(out, overwrite)
-    with Progress(quiet) as progress:
+    with claimed(target, home() / "locks"), Progress(quiet) as progress:
         before = scene_read.read(scene) if ours else scene_read.read_foreign(scene, images)
         after = pipeline.refine(before, RefineOptions(method.value, seed), progress)
         unchanged = after.refinement is not None and after.refinement.method == "none"
