@@ -245,6 +245,7 @@ class Report(Strict):
     options: dict[str, Any]
     seconds: dict[str, float]
     peak_memory_bytes: dict[str, int]
+    content: str
     conventions: dict[str, str]
     scale: Literal["arbitrary", "metric"]
     tracks: Literal["depth", "image"]

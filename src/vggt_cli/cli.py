@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vggt_cli import __version__, cli_check, cli_learning, cli_scenes
+from vggt_cli import __version__, cli_batch, cli_check, cli_learning, cli_scenes
 from vggt_cli.cli_scenes import Format
 from vggt_cli.cli_weights import app as weights_app
 from vggt_cli.errors import VggtError
@@ -28,13 +28,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Photos in, scene out: cameras, depth and points from one feed-forward transformer.",
     epilog="Exit codes: 0 ok, 1 reconstruction failed or check found a fault, "
-    "2 usage, input or output, 4 weights or licence, 5 out of memory, 70 internal error, "
-    "130 interrupted.",
+    "2 usage, input or output, 3 some of several scenes failed, 4 weights or licence, "
+    "5 out of memory, 70 internal error, 130 interrupted.",
 )
 app.add_typer(weights_app, name="weights")
 app.command()(cli_learning.train)
 app.command()(cli_learning.evaluate)
 app.command()(cli_check.check)
+app.command()(cli_batch.batch)
 app.command()(cli_scenes.refine)
 app.command()(cli_scenes.export)
 app.command()(cli_scenes.compare)
@@ -77,14 +78,17 @@ def _options(
 
 @app.command()
 def reconstruct(
-    source: Annotated[
-        str,
+    sources: Annotated[
+        list[str],
         typer.Argument(
-            metavar="INPUT",
-            help="Folder of photos, a file, a glob pattern, or - for a list on stdin.",
+            metavar="INPUT...",
+            help="Folder of photos, a file, a glob pattern, or - for a list on stdin; of several, "
+            "each becomes a scene.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Scene folder to write.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Scene folder to write; of several, their parent.")
+    ],
     model: Annotated[
         str,
         typer.Option(
@@ -151,6 +155,12 @@ def reconstruct(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a scene at --out, once the new is whole.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Leave a scene of the same photos, weights and options as it is."
+        ),
+    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at a photo that cannot be read.")
     ] = False,
@@ -179,7 +189,9 @@ def reconstruct(
     """
     speak(quiet, verbose)
     from vggt_cli.formats import export, writers
-    from vggt_cli.reconstruction import pipeline
+    from vggt_cli.formats.claims import claimed
+    from vggt_cli.models.store import home
+    from vggt_cli.reconstruction import batch, pipeline
 
     options = pipeline.Options(
         model=model,
@@ -199,18 +211,25 @@ def reconstruct(
         require_commercial=require_commercial,
         offline=offline,
     )
-    formats = [name.value for name in format or []] + (["tokens"] if save_tokens else [])
+    formats = (*(name.value for name in format or []), *["tokens"] * save_tokens)
     writers.require(formats)
-    export.refuse_existing(out, overwrite)
+    if len(sources) > 1:
+        folders = zip(sources, cli_batch.one_each(sources, out), strict=True)
+        jobs = [batch.Job(s, folder, options, formats, not no_html) for s, folder in folders]
+        return cli_batch.run(jobs, batch.How(resume, overwrite), quiet, as_json)
+    (source,) = sources
     if dry_run:
-        _print_plan(pipeline.plan(source, options) | {"out": str(out.absolute())}, as_json)
-        return
-    with Progress(quiet) as progress:
-        scene = pipeline.reconstruct(source, options, progress)
-        progress("write", 0, 0)
-        export.write(scene, out, formats, overwrite, html=not no_html)
-        progress("write", 1, 1)
-    diagnosed(scene.findings, source, out)
+        export.refuse_existing(out, overwrite or resume)
+        return _print_plan(pipeline.plan(source, options) | {"out": str(out.absolute())}, as_json)
+    with claimed(out, home() / "locks"):
+        if not (resume and batch.is_done(batch.Job(source, out, options, formats))):
+            export.refuse_existing(out, overwrite or resume)
+            with Progress(quiet) as progress:
+                scene = pipeline.reconstruct(source, options, progress)
+                progress("write", 0, 0)
+                export.write(scene, out, formats, overwrite or resume, html=not no_html)
+                progress("write", 1, 1)
+            diagnosed(scene.findings, source, out)
     if as_json:
         content = json.loads((out / "report.json").read_text(encoding="utf-8"))
         typer.echo(json.dumps({"scene": str(out.absolute()), **content}))

@@ -147,6 +147,8 @@ def refine(
     """
     speak(quiet, verbose)
     from vggt_cli.formats import export, scene_read, writers
+    from vggt_cli.formats.claims import claimed
+    from vggt_cli.models.store import home
     from vggt_cli.reconstruction import pipeline
     from vggt_cli.reconstruction.refine import RefineOptions
 
@@ -160,7 +162,7 @@ def refine(
         export.refuse_existing(out, overwrite)
     formats = scene_read.formats(scene) if ours else []
     writers.require(formats)
-    with Progress(quiet) as progress:
+    with claimed(target, home() / "locks"), Progress(quiet) as progress:
         before = scene_read.read(scene) if ours else scene_read.read_foreign(scene, images)
         after = pipeline.refine(before, RefineOptions(method.value, seed), progress)
         unchanged = after.refinement is not None and after.refinement.method == "none"
@@ -209,6 +211,8 @@ def export(
     speak(quiet, 0)
     from vggt_cli.formats import export as writing
     from vggt_cli.formats import scene_read, writers
+    from vggt_cli.formats.claims import claimed
+    from vggt_cli.models.store import home
 
     names = [name.value for name in formats]
     writers.require(names)
@@ -216,7 +220,8 @@ def export(
         raise InputError(
             f"not a scene of this tool: {scene}", "vggt refine MODEL --out SCENE makes one of it"
         )
-    written = writing.add(scene_read.read(scene), scene, names, overwrite)
+    with claimed(scene, home() / "locks"):
+        written = writing.add(scene_read.read(scene), scene, names, overwrite)
     if as_json:
         typer.echo(json.dumps({"scene": str(scene.absolute()), "written": list(map(str, written))}))
     else:

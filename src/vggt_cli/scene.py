@@ -203,6 +203,7 @@ class Provenance:
     options: Mapping[str, Any]
     seconds: Mapping[str, float] = field(default_factory=dict)  # per stage
     peak_memory: Mapping[str, int] = field(default_factory=dict)  # bytes, up to the stage's end
+    content: str = ""  # sha256 of photos, options and weights together
 
 
 @dataclass(frozen=True)

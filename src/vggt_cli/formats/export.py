@@ -225,6 +225,7 @@ def report(scene: Scene, model: colmap.Model) -> dict[str, Any]:
         "model": {k: made_by[k] for k in ("model", "sha256", "licence", "commercial")},
         **{k: made_by[k] for k in ("device", "dtype", "options", "seconds")},
         "peak_memory_bytes": made_by["peak_memory"],
+        "content": made_by["content"],
         "conventions": {
             "extrinsics": "world-to-camera, OpenCV axes (x right, y down, z forward)",
             "pixels": "of the files in images/, centre of the top-left pixel at (0.5, 0.5)",

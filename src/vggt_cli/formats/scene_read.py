@@ -39,6 +39,14 @@ def is_ours(folder: Path) -> bool:
     return (folder / "report.json").is_file() and (folder / "depth").is_dir()
 
 
+def content(folder: Path) -> str | None:
+    """`Provenance.content` of the scene in `folder`; None where there is none of ours."""
+    try:
+        return str(_report(folder / "report.json").get("content", ""))
+    except InputError:
+        return None
+
+
 def formats(folder: Path) -> list[str]:
     """The further formats that a scene of ours holds, by their names for `export.write`."""
     return writers.held(folder)

@@ -93,6 +93,31 @@ def load(
     )
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What `load` is asked for."""
+
+    model: str
+    device: torch.device
+    dtype: torch.dtype
+    heads: tuple[str, ...] = ()
+
+
+Networks = dict[Wanted, tuple["Network", Weights]]
+
+
+def kept(
+    wanted: Wanted, networks: Networks | None, progress: Progress = silent
+) -> tuple[Network, Weights]:
+    """What `load` gives, kept in `networks` for the next time: one, since memory is for one."""
+    networks = {} if networks is None else networks
+    if wanted not in networks:
+        networks.clear()
+        asked = wanted.model, wanted.device, wanted.dtype, wanted.heads
+        networks[wanted] = load(*asked, progress)
+    return networks[wanted]
+
+
 def verify(name: str, progress: Progress = silent) -> str:
     """The sha256 of the weights called `name`, hashed now, after a look at keys and shapes.
 

@@ -20,7 +20,8 @@ from vggt_cli.geometry import resize, share_intrinsics
 from vggt_cli.models import weights
 from vggt_cli.models.catalog import CATALOG, Entry
 from vggt_cli.models.networks import Network
-from vggt_cli.reconstruction import given
+from vggt_cli.models.store import sha256
+from vggt_cli.reconstruction import content, given
 from vggt_cli.reconstruction.detect import cache_folder
 from vggt_cli.reconstruction.diagnose import diagnose
 from vggt_cli.reconstruction.fuse import FuseOptions, fuse
@@ -59,10 +60,16 @@ class Options:
     offline: bool = False
 
 
-def reconstruct(source: str, options: Options, progress: Progress = silent) -> Scene:
+def reconstruct(
+    source: str,
+    options: Options,
+    progress: Progress = silent,
+    networks: weights.Networks | None = None,
+) -> Scene:
     """Cameras, depth and points of the photos in `source` (see `images.find`).
 
     The same photos, weights and options give the same scene.
+    networks: the one that was loaded last, so that it need not be loaded again.
     Raises VggtError: InputError, WeightsError, MemoryExceeded or GeometryError.
     """
     device = devices.choose(options.device)
@@ -81,13 +88,11 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
     prior = _prior(options, loaded)
     with stages.stage("load weights"):
         heads = ["text"] * options.save_tokens + ["track"] * (options.refine != "none")
-        network, used = weights.load(
-            options.model, device, dtype, heads, partial(progress, "load weights")
-        )
+        wanted = weights.Wanted(options.model, device, dtype, tuple(heads))
+        network, used = weights.kept(wanted, networks, partial(progress, "load weights"))
     with stages.stage("predict"):
         prediction = predict(network, loaded.images)
-    raw = prediction.cameras
-    prediction = dataclasses.replace(prediction, cameras=share_intrinsics(raw, group))
+    raw, prediction = prediction.cameras, _with_shared_cameras(prediction, group)
     start = given.begin(prior, prediction, group, loaded.images)
     start, improved = _improved(loaded, prior, start, network, options, stages)
     improved, metric = given.in_metres(prior, start, improved, loaded.photos)
@@ -96,10 +101,8 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
         tracks, rgb, dense = _points(improved, options)
     with stages.stage("diagnose"):
         findings = diagnose(loaded.photos, improved, raw, start.group)
-    weights_used = used.name, used.sha256, used.licence, used.commercial
-    machine = str(device), str(dtype).removeprefix("torch.")
-    spent = stages.seconds, stages.peak_memory
-    made_by = Provenance(*weights_used, *machine, dataclasses.asdict(options), *spent)
+    digest = content.key(root, paths, dataclasses.asdict(options), used.sha256)
+    made_by = _made_by(used, device, dtype, options, stages, digest)
     return Scene(
         loaded.photos,
         improved.images,
@@ -117,6 +120,38 @@ def reconstruct(source: str, options: Options, progress: Progress = silent) -> S
         given.report(prior, start, metric),
         findings,
     )
+
+
+def _with_shared_cameras(prediction: Prediction, group: list[int]) -> Prediction:
+    return dataclasses.replace(prediction, cameras=share_intrinsics(prediction.cameras, group))
+
+
+def _made_by(
+    used: weights.Weights,
+    device: torch.device,
+    dtype: torch.dtype,
+    options: Options,
+    stages: Stages,
+    digest: str,
+) -> Provenance:
+    return Provenance(
+        used.name,
+        used.sha256,
+        used.licence,
+        used.commercial,
+        str(device),
+        str(dtype).removeprefix("torch."),
+        dataclasses.asdict(options),
+        stages.seconds,
+        stages.peak_memory,
+        digest,
+    )
+
+
+def content_key(source: str, options: Options) -> str:
+    """What `Provenance.content` of the scene would be; see `content.key`."""
+    _, path = weights.identify(options.model)
+    return content.key(*photos.find(source), dataclasses.asdict(options), sha256(path))
 
 
 def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) -> Scene:

@@ -1,0 +1,45 @@
+"""What a scene is made of, as one hash: where it is the same, so is the scene."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from vggt_cli import __version__
+
+# What names a file or folder whose content counts, and what changes no result.
+FILES, NO_RESULT = ("intrinsics", "poses", "masks"), ("offline", "require_commercial", "strict")
+
+
+def key(root: Path, paths: Sequence[Path], options: Mapping[str, Any], weights: str) -> str:
+    """sha256 of the photos with their names, of the options and of the weights' sha256.
+
+    Photos that cannot be read count by name. Other versions of this tool give other keys.
+    """
+    known = {k: v for k, v in options.items() if k not in NO_RESULT}
+    given = [Path(known[k]) for k in FILES if known.get(k)]
+    inside = [f for g in given for f in ([g] if g.is_file() else sorted(g.rglob("*")))]
+    files = [*paths, *(f for f in inside if f.is_file())]
+    with ThreadPoolExecutor() as threads:  # hashing lets go of Python's lock
+        digests = list(threads.map(_digest, files))
+    names = [path.absolute().relative_to(root.absolute()).as_posix() for path in paths]
+    said = [
+        __version__,
+        weights,
+        known,
+        list(zip(names, digests, strict=False)),
+        digests[len(names) :],
+    ]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""

@@ -1,0 +1,284 @@
+"""Many scenes: read, made, resumed, killed, and never one because of another."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from test_cli import refused, vggt
+
+from vggt_cli.errors import InputError, OutputError
+from vggt_cli.formats import scene_read
+from vggt_cli.formats.claims import claimed
+from vggt_cli.models import weights
+from vggt_cli.reconstruction import batch, pipeline
+from vggt_cli.reconstruction.batch import How, Job
+from vggt_cli.reconstruction.pipeline import Options
+
+USUAL = Options(model="mini", device="cpu", refine="none", points=500)
+
+
+@pytest.fixture
+def photos(examples: Path, tmp_path: Path) -> Path:
+    """Two small photos."""
+    (tmp_path / "photos").mkdir()
+    for side in ("left", "right"):
+        with Image.open(examples / f"motorcycle/{side}.png") as photo:
+            photo.resize((96, 64)).save(tmp_path / f"photos/{side}.png")
+    return tmp_path / "photos"
+
+
+def job(photos: Path, out: Path, **options: Any) -> Job:
+    return Job(str(photos), out, replace(USUAL, **options))
+
+
+# Jobs.
+
+
+def test_lines_are_jobs_with_options_of_their_own() -> None:
+    more = {"points": 7, "confidence": 5, "save_tokens": True}
+    second_line = {"input": "b", "out": "2", "format": ["colmap-txt"], "html": False, **more}
+    lines = ['{"input": "a", "out": "1"}', "", json.dumps(second_line)]
+    first, second = batch.read_jobs(lines, USUAL)
+    assert first == Job("a", Path("1"), USUAL)
+    options = replace(USUAL, points=7, confidence=5, save_tokens=True)
+    assert second == Job("b", Path("2"), options, ("colmap-txt", "tokens"), False)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["no"], "line 1 is no JSON"),
+        (["", "[1]"], "line 2 is no object"),
+        (['{"input": "a"}'], "line 1 lacks input or out"),
+        (['{"input": "a", "out": "b", "pionts": 3}'], "no such option: pionts"),
+        (['{"input": "a", "out": "b", "points": "3"}'], 'points cannot be "3"'),
+        (['{"input": "a", "out": "b", "format": ["obj"]}'], "no such format: obj"),
+        (['{"input": "a", "out": "b"}', '{"input": "c", "out": "./b"}'], "lines 1 and 2 write"),
+    ],
+)
+def test_a_line_that_cannot_be_is_named(lines: list[str], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        batch.read_jobs(lines, USUAL)
+
+
+def test_parts_of_the_jobs_make_up_all_of_them() -> None:
+    jobs = [Job(str(i), Path(str(i)), USUAL) for i in range(7)]
+    parts = [batch.shard(jobs, f"{i}/3") for i in (1, 2, 3)]
+    assert sorted(j.source for part in parts for j in part) == [str(i) for i in range(7)]
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for wrong in ("0/3", "4/3", "1", "a/b", "1/0"):
+        with pytest.raises(InputError, match="no part"):
+            batch.shard(jobs, wrong)
+
+
+# One after the other.
+
+
+def test_a_failure_is_a_line_and_the_rest_goes_on_with_one_network(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[str] = []
+    load = weights.load
+
+    def counted(model: str, *arguments: Any) -> Any:
+        loads.append(model)
+        return load(model, *arguments)
+
+    monkeypatch.setattr(weights, "load", counted)
+    jobs = [
+        job(photos, tmp_path / "1"),
+        job(tmp_path / "nothing", tmp_path / "2"),
+        job(photos, tmp_path / "3", points=400),
+    ]
+    lines = list(batch.run(jobs, How()))
+    assert [line["ok"] for line in lines] == [True, False, True]
+    assert lines[1]["exit_code"] == 2
+    assert "nothing" in lines[1]["error"]
+    assert loads == ["mini"]
+    assert scene_read.is_ours(tmp_path / "3")
+    assert not (tmp_path / "2").exists()
+
+
+def test_our_own_mistakes_are_lines_too(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(pipeline, "reconstruct", broken)
+    (line,) = batch.run([job(photos, tmp_path / "1")], How())
+    assert (line["ok"], line["exit_code"]) == (False, 70)
+    assert "ZeroDivisionError: oh" in line["error"]
+
+
+def test_what_is_done_is_left_and_what_changed_is_made_again(photos: Path, tmp_path: Path) -> None:
+    def skipped(one: Job) -> bool:
+        (line,) = batch.run([one], How(resume=True))
+        assert line["ok"], line
+        return bool(line["skipped"])
+
+    first = job(photos, tmp_path / "scene")
+    assert not skipped(first)
+    before = (tmp_path / "scene/report.json").read_bytes()
+    assert skipped(first)
+    assert skipped(replace(first, options=replace(first.options, offline=True)))
+    assert (tmp_path / "scene/report.json").read_bytes() == before
+    assert not skipped(replace(first, options=replace(first.options, seed=1)))
+    assert not skipped(replace(first, options=replace(first.options, seed=1), formats=("glb",)))
+    with Image.open(photos / "left.png") as photo:
+        turned = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    turned.save(photos / "left.png")
+    assert not skipped(first)
+    (photos / "left.png").rename(photos / "links.png")
+    assert not skipped(first)
+
+
+def test_without_resume_or_overwrite_a_scene_is_not_touched(photos: Path, tmp_path: Path) -> None:
+    one = job(photos, tmp_path / "scene")
+    assert [line["ok"] for line in batch.run([one, one], How())] == [True, False]
+    (line,) = batch.run([one], How(overwrite=True))
+    assert line["ok"]
+    assert not line["skipped"]
+
+
+# One run for a folder.
+
+
+def test_two_runs_on_one_folder_refuse_each_other(tmp_path: Path) -> None:
+    with claimed(tmp_path / "scene", tmp_path / "locks"):
+        with (
+            pytest.raises(OutputError, match="another run"),
+            claimed(tmp_path / "scene", tmp_path / "locks"),
+        ):
+            pass
+        with claimed(tmp_path / "other", tmp_path / "locks"):
+            pass
+    with claimed(tmp_path / "scene", tmp_path / "locks"):
+        pass
+
+
+def test_what_a_killed_run_left_is_cleared_and_its_scene_comes_back(tmp_path: Path) -> None:
+    for name in (".scene.abcd1234", ".scene.x.abcd1234", ".scene.abcd12345", ".scene.abcd123_.old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".scene.abcd123_.old/report.json").touch()
+    with claimed(tmp_path / "scene", tmp_path / "locks"):
+        assert (tmp_path / "scene/report.json").exists()
+    left = {path.name for path in tmp_path.iterdir()} - {"locks"}
+    assert left == {"scene", ".scene.x.abcd1234", ".scene.abcd12345"}  # not drafts of this scene
+
+
+# Side by side.
+
+
+def _work(one: Job, how: How) -> dict[str, Any]:
+    """What a worker does in these tests; the name says how it ends."""
+    if one.source == "dies":
+        time.sleep(0.3)
+        os._exit(9)
+    return {"input": one.source, "ok": True}
+
+
+def test_a_process_that_dies_costs_its_own_job_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "_work", _work)
+    names = ["a", "dies", "b", "c", "d"]
+    jobs = [Job(name, tmp_path / name, USUAL) for name in names]
+    lines = list(batch.run(jobs, How(workers=2)))
+    assert sorted((line["input"], line["ok"]) for line in lines) == [
+        ("a", True), ("b", True), ("c", True), ("d", True), ("dies", False)
+    ]  # fmt: skip
+
+
+def write_jobs(path: Path, photos: Path, count: int) -> Path:
+    options = {"refine": "none", "points": 500, "html": False}
+    lines = [
+        json.dumps({"input": str(photos), "out": str(path.parent / f"s{i}"), "seed": i, **options})
+        for i in range(count)
+    ]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_the_command_prints_a_line_each_and_exits_with_3_if_some_failed(
+    photos: Path, tmp_path: Path
+) -> None:
+    jobs = write_jobs(tmp_path / "jobs.jsonl", photos, 2)
+    run = vggt("batch", jobs, "--model", "mini", "--workers", 2, "-q")
+    assert run.returncode == 0, run.stderr
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {line["out"] for line in lines} == {str(tmp_path / "s0"), str(tmp_path / "s1")}
+    with jobs.open("a") as file:
+        file.write('\n{"input": "nowhere", "out": "%s"}\n' % (tmp_path / "s2"))
+    run = vggt("batch", jobs, "--model", "mini", "--resume")
+    assert run.returncode == 3
+    assert "1 of 3 scenes failed" in run.stderr
+    assert [json.loads(line).get("skipped") for line in run.stdout.splitlines()] == [True] * 2 + [
+        None
+    ]
+    refused(vggt("batch", tmp_path / "none.jsonl"), 2, "none.jsonl")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_batch_leaves_whole_scenes_and_goes_on(
+    photos: Path, tmp_path: Path, number: int
+) -> None:
+    jobs = write_jobs(tmp_path / "jobs.jsonl", photos, 4)
+    command = [sys.executable, "-m", "vggt_cli", "batch", str(jobs), "--model", "mini", "-q"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # the first scene is done
+        time.sleep(0.2)
+        process.send_signal(number)
+        process.wait(30)
+    run = vggt("batch", jobs, "--model", "mini", "--resume", "-q")
+    assert run.returncode == 0, run.stderr
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    assert lines[0]["skipped"]
+    assert not lines[3]["skipped"]
+    for i in range(4):
+        scene_read.read(tmp_path / f"s{i}")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"photos", "jobs.jsonl", "s0", "s1", "s2", "s3"}
+
+
+@pytest.mark.ray
+def test_ray_runs_the_jobs(photos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: extra `ray`")
+    jobs = write_jobs(tmp_path / "jobs.jsonl", photos, 2)
+    with jobs.open("a") as file:
+        file.write('\n{"input": "nowhere", "out": "%s"}\n' % (tmp_path / "s2"))
+    run = vggt("batch", jobs, "--model", "mini", "--device", "cpu", "--ray", "local", "-q")
+    assert run.returncode == 3, run.stderr
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    assert sorted(line["ok"] for line in lines) == [False, True, True]
+    assert all(scene_read.is_ours(tmp_path / f"s{i}") for i in range(2))
+
+
+# Several inputs of `reconstruct`.
+
+
+def test_each_of_several_inputs_becomes_a_scene_under_out(photos: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    with Image.open(photos / "left.png") as photo:
+        photo.save(other / "1.png")
+    options = ("--model", "mini", "--refine", "none", "--resume")
+    run = vggt("reconstruct", photos, other, "--out", tmp_path / "scenes", *options)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [str(tmp_path / f"scenes/{name}") for name in ("photos", "other")]
+    before = (tmp_path / "scenes/other/report.json").read_bytes()
+    alone = vggt("reconstruct", other, "--out", tmp_path / "scenes/other", *options)
+    assert alone.returncode == 0, alone.stderr
+    assert (tmp_path / "scenes/other/report.json").read_bytes() == before
+    refused(
+        vggt("reconstruct", photos, photos, "--out", tmp_path / "twice"), 2, "two inputs", "batch"
+    )
