@@ -85,7 +85,7 @@ def reconstruct(
         str,
         typer.Argument(
             metavar="INPUT",
-            help="Folder of photos, a file, a glob pattern, or - for a list on stdin.",
+            help="Folder of photos or videos, a file, a glob pattern, or - for a list on stdin.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Scene folder to write.")],
@@ -143,6 +143,19 @@ def reconstruct(
             "--poses in metres, or from EXIF.",
         ),
     ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of masks, white where photos count: NAME.png, STEM.png or NAME.mask.png."
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Keyframes a second of a video; default: by motion."),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Most keyframes of all videos; default: 200.")
+    ] = None,
     format: Annotated[  # noqa: A002  the option's name
         list[Format] | None, typer.Option(help="Further files; may be given several times.")
     ] = None,
@@ -198,6 +211,9 @@ def reconstruct(
         keep_poses=keep_poses,
         scale_from=scale_from,
         save_tokens=save_tokens,
+        fps=fps,
+        frames=frames,
+        masks=None if masks is None else str(masks),
         seed=seed,
         strict=strict,
         require_commercial=require_commercial,
