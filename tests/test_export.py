@@ -195,6 +195,12 @@ class Confidence(Strict):
     max: float
 
 
+class Moment(Strict):
+    file: str
+    frame: int
+    seconds: float
+
+
 class ImageReport(Strict):
     name: str
     file: str
@@ -207,6 +213,7 @@ class ImageReport(Strict):
     confidence: Confidence
     observations: int
     rewritten: bool
+    video: Moment | None
     refinement: dict[str, Any] | None
 
 

@@ -72,21 +72,20 @@ def _upright_file(path: Path) -> tuple[Image.Image, dict[str, Any]]:
         with opened(path) as image:
             image.load()
             kind = "JPEG" if image.format in ("MPO", *RECODED) else image.format
-            icc, exif = image.info.get("icc_profile"), exif_of(image)
+            icc = image.info.get("icc_profile")
             upright = turned(image.copy(), orientation_of(image))
+            exif = exif_of(upright)  # of the copy: a TIFF's own has its layout too
             if image.format in RECODED:
                 upright = over(eight_bit(upright), "white")
     except UNREADABLE as error:
         raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
     exif.pop(ExifTags.Base.Orientation, None)
     try:
-        said = exif.tobytes()
+        writable = len(exif.tobytes()) < 65533 or kind != "JPEG"  # what its segment holds
     except UNREADABLE:
-        said = b""  # nonsense, which cannot be written again
-    if kind == "JPEG" and len(said) > 65533:  # what its segment holds
-        said = b""
+        writable = False  # nonsense
     quality = {"quality": 95, "subsampling": 0} if kind in ("JPEG", "WEBP") else {}
-    return upright, {"format": kind, "exif": said, "icc_profile": icc, **quality}
+    return upright, {"format": kind, "exif": exif if writable else b"", "icc_profile": icc, **quality}
 
 
 def _continuous(image: Image.Image) -> Image.Image:

@@ -157,7 +157,8 @@ def by_motion(looks: Iterable[Look]) -> Iterator[Look]:
         if not opening and best and moved >= STEP:
             yield best
             reference, best = best, None
-    if best:
+    # What is left at the end had no choice: it may be blurred.
+    if best and reference and (opening or best.sharpness > reference.sharpness / 2):
         yield best
 
 
@@ -199,11 +200,11 @@ def motion(first: Look, second: Look) -> float:
     return float(np.median(np.hypot(*shifts.T)) / diagonal)
 
 
-def look_at(frame: av.VideoFrame, number: int, seconds: float) -> Look:
+def _look(frame: av.VideoFrame, number: int, seconds: float, scaled: Any) -> Look:
     """Sharpness of the frame, the mean square of its Laplacian, and the spectra of its squares."""
     scale = LONGEST / max(frame.width, frame.height)
     w, h = (max(4 * BLOCK, round(side * scale)) // 4 * 4 for side in (frame.width, frame.height))
-    gray = frame.reformat(width=w, height=h, format="gray").to_ndarray().astype(np.float32)
+    gray = scaled(frame, w, h, "gray", threads=1).to_ndarray().astype(np.float32)
     inner = gray[1:-1, 1:-1]
     around = gray[:-2, 1:-1] + gray[2:, 1:-1] + gray[1:-1, :-2] + gray[1:-1, 2:]
     small = gray.reshape(h // 4, 4, w // 4, 4).mean((1, 3))
@@ -218,11 +219,13 @@ def look_at(frame: av.VideoFrame, number: int, seconds: float) -> Look:
 def _looks(path: Path, most: float, progress: Callable[[int, int], None]) -> Iterator[Look]:
     """At most `most` frames a second of the video, in order."""
     last = -math.inf
+    # One for all frames: each would make its own, with threads, and take ten times as long.
+    scaled = _av(path).video.reformatter.VideoReformatter().reformat
     for number, (frame, seconds, duration) in enumerate(_decoded(path)):
         if seconds - last >= 0.9 / most:
             last = seconds
             progress(int(seconds), math.ceil(duration))
-            yield look_at(frame, number, seconds)
+            yield _look(frame, number, seconds, scaled)
 
 
 def _decoded(path: Path) -> Iterator[tuple[av.VideoFrame, float, float]]:
