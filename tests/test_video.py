@@ -2,7 +2,10 @@
 
 import gc
 import itertools
+import json
 import math
+import os
+import sys
 from pathlib import Path
 
 import av
@@ -11,7 +14,9 @@ import pytest
 from PIL import Image, ImageFilter
 
 from vggt_cli.errors import InputError
-from vggt_cli.formats import files, video
+from vggt_cli.formats import export, files, scene_read, video
+from vggt_cli.reconstruction import pipeline
+from vggt_cli.reconstruction.pipeline import Options
 
 Positions = list[float]
 W, H = 320, 180
@@ -132,6 +137,71 @@ def test_a_video_cut_short_gives_what_is_there_and_others_are_named(
     assert [name for name, _ in unread] == ["none.mkv", "fake.mkv"]
     with pytest.raises(InputError, match=r"none\.mkv"):
         extracted(tmp_path, [none], 100)
+
+
+def test_a_scene_of_a_video_says_where_its_frames_are_from(tmp_path: Path) -> None:
+    path = film(tmp_path / "my clip.mp4", [8.0 * i for i in range(40)])
+    options = Options(model="mini", points=500, device="cpu", refine="none", frames=3)
+    plan = pipeline.plan(str(path), options)
+    assert plan["images"] == 3
+    assert plan["network_size"][1] > plan["network_size"][0]
+    scene = pipeline.reconstruct(str(path), options)
+    assert len(scene.photos) == 3
+    out = tmp_path / "out"
+    export.write(scene, out, html=False)
+    rows = json.loads((out / "report.json").read_text())["images"]
+    for row, photo in zip(rows, scene.photos, strict=True):
+        assert photo.frame is not None
+        number = photo.frame.number
+        assert row["file"] == f"images/my_clip_{number:06d}.jpg"
+        assert row["video"] == {
+            "file": "my clip.mp4", "frame": number, "seconds": pytest.approx(number / 20)
+        }  # fmt: skip
+    again = scene_read.read(out)
+    assert [photo.frame for photo in again.photos] == [photo.frame for photo in scene.photos]
+    assert again.camera_of_image == (0, 0, 0)
+
+
+def test_options_of_videos_are_an_error_for_photos(tmp_path: Path) -> None:
+    texture().save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="--fps and --frames are of videos"):
+        pipeline.plan(str(tmp_path), Options(model="mini", device="cpu", fps=1.0))
+
+
+def test_without_pyav_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.mp4").touch()
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(InputError, match=r"PyAV, which is not here: .*a\.mp4") as caught:
+        next(video.keyframes(tmp_path / "a.mp4", None))
+    assert caught.value.hint == "pip install 'vggt-cli[video]'"
+    with pytest.raises(InputError, match="PyAV"):
+        pipeline.reconstruct(str(tmp_path), Options(model="mini", device="cpu"))
+
+
+@pytest.mark.parametrize("damage", ["middle", "noise"])
+def test_a_damaged_video_gives_what_can_be_decoded_or_is_refused(
+    tmp_path: Path, damage: str
+) -> None:
+    data = bytearray(film(tmp_path / "a.mkv", [8.0 * i for i in range(40)]).read_bytes())
+    half = len(data) // 2
+    noise = np.random.default_rng(0).integers(0, 256, len(data), dtype=np.uint8).tobytes()
+    data[half : half + 3000] = noise[:3000]
+    if damage == "noise":
+        data[100:] = noise[100:]
+    (tmp_path / "a.mkv").write_bytes(data)
+    try:
+        found = chosen(tmp_path / "a.mkv", 5)
+    except InputError:
+        found = []
+    assert bool(found) == (damage == "middle")
+
+
+def test_a_pipe_is_no_video(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.mp4")
+    with pytest.raises(InputError, match="not a regular one"):
+        pipeline.plan(str(tmp_path), Options(model="mini", device="cpu"))
 
 
 def test_videos_beside_photos_are_left_out_and_alone_they_are_used(

@@ -85,7 +85,12 @@ def _upright_file(path: Path) -> tuple[Image.Image, dict[str, Any]]:
     except UNREADABLE:
         writable = False  # nonsense
     quality = {"quality": 95, "subsampling": 0} if kind in ("JPEG", "WEBP") else {}
-    return upright, {"format": kind, "exif": exif if writable else b"", "icc_profile": icc, **quality}
+    return upright, {
+        "format": kind,
+        "exif": exif if writable else b"",
+        "icc_profile": icc,
+        **quality,
+    }
 
 
 def _continuous(image: Image.Image) -> Image.Image:

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF", "HEIF")
 # What Pillow raises at files that are cut, mislabelled or made to hurt.
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError),
-    *(struct.error, AttributeError, MemoryError),
+    *(struct.error, AttributeError, MemoryError, RuntimeError),
 )
 MOST_PIXELS = 2**30  # of a photo: 32768 x 32768
 BYTES = 16  # a pixel, while a photo is decoded, converted and scaled
@@ -78,7 +78,7 @@ def _what_it_is(path: Path) -> str:
         start = file.read(12)
     if not start:
         return "empty file"
-    if start[4:8] == b"ftyp" and start[8:12] in (b"avif", b"avis"):
+    if start[4:8] == b"ftyp" and start[8:12] in (b"avif", b"avis") and not features.check("avif"):
         return "AVIF, which this Pillow does not read"
     if start[4:8] == b"ftyp" and not _reads_heif():
         return "HEIC: pip install 'vggt-cli[heif]'"
