@@ -12,7 +12,7 @@ import torch
 from common import seconds, write
 
 from vggt_cli.device import compute_dtype
-from vggt_cli.formats import export, images
+from vggt_cli.formats import export, files, images
 from vggt_cli.models import weights
 from vggt_cli.reconstruction import pipeline
 from vggt_cli.reconstruction.fuse import FuseOptions, fuse
@@ -29,7 +29,7 @@ def command(*arguments: str) -> None:
 def main(folder: str) -> None:
     """Measure and write."""
     network, used = weights.load("mini", CPU, compute_dtype(CPU))
-    root, paths = images.find(folder)
+    root, paths = files.find(folder)
     loaded = images.load(root, paths, used.shaping).images
     prediction = predict(network, loaded)
     scene = pipeline.reconstruct(folder, pipeline.Options(model="mini"))

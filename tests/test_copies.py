@@ -34,7 +34,7 @@ def straight(
     K, k = lens(size), torch.tensor(radial).double()
     after = straight_intrinsics(K[None], k[None], torch.tensor([size]))[0]
     target = folder.parent / f"straight_{name}"
-    copies.straight_copy(photo, target, K, k, after)
+    copies.straight_copy(photo, target, (K, k, after))
     return target
 
 
@@ -138,7 +138,7 @@ def test_the_written_file_and_the_straightened_network_image_agree(
     out.mkdir()
     for i, photo in enumerate(load(folder).photos):
         copies.straight_copy(
-            photo, out / photo.name, intrinsics[i], setup.radial[i], after.intrinsics[i]
+            photo, out / photo.name, (intrinsics[i], setup.radial[i], after.intrinsics[i])
         )
     written = load(out, Shaping("balanced", 224, 16)).images
     assert torch.equal(written.source_from_network, found.source_from_network)

@@ -126,6 +126,8 @@ def test_images_are_the_files_described_upright(scene: Scene, tmp_path: Path) ->
         (["a/b.jpg", "a__b.jpg"], ["a__b.jpg", "a__b_2.jpg"]),
         (["x.jpg", "x.png", "X.JPG"], ["x.jpg", "x_2.png", "X_3.JPG"]),
         (["my photo.v2.jpg"], ["my_photo_v2.jpg"]),
+        (["IMG_1.HEIC", "img_1.jpg", "y.avif"], ["IMG_1.jpg", "img_1_2.jpg", "y.jpg"]),
+        (["../x.jpg", "\udcff:*.png", "no ending"], ["____x.jpg", "___.png", "no_ending"]),
         (["x_2.jpg", "x.jpg", "x.png"], ["x_2.jpg", "x.jpg", "x_3.png"]),
     ],
 )
@@ -193,6 +195,12 @@ class Confidence(Strict):
     max: float
 
 
+class Moment(Strict):
+    file: str
+    frame: int
+    seconds: float
+
+
 class ImageReport(Strict):
     name: str
     file: str
@@ -205,6 +213,7 @@ class ImageReport(Strict):
     confidence: Confidence
     observations: int
     rewritten: bool
+    video: Moment | None
     refinement: dict[str, Any] | None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from vggt_cli.errors import InputError
-from vggt_cli.formats import copies, images, lenses
+from vggt_cli.formats import copies, files, images, lenses
 from vggt_cli.scene import Photo, Shaping
 
 BALANCED = Shaping("balanced", 64, 16)
@@ -29,7 +29,7 @@ def picture(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
 
 
 def load(folder: Path, shaping: Shaping = BALANCED) -> images.Loaded:
-    root, paths = images.find(str(folder))
+    root, paths = files.find(str(folder))
     return images.load(root, paths, shaping)
 
 
@@ -298,30 +298,30 @@ def test_a_pattern_a_file_and_a_list_on_stdin_are_sources(
 ) -> None:
     for name in ("a1.png", "a2.png", "b1.png"):
         picture().save(tmp_path / name)
-    assert [p.name for p in images.find(str(tmp_path / "a*.png"))[1]] == ["a1.png", "a2.png"]
-    assert [p.name for p in images.find(str(tmp_path / "b1.png"))[1]] == ["b1.png"]
+    assert [p.name for p in files.find(str(tmp_path / "a*.png"))[1]] == ["a1.png", "a2.png"]
+    assert [p.name for p in files.find(str(tmp_path / "b1.png"))[1]] == ["b1.png"]
     listed = f"{tmp_path}/b1.png\n{tmp_path}/a1.png\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(listed))
-    root, paths = images.find("-")
+    root, paths = files.find("-")
     assert root == tmp_path
     assert [p.name for p in paths] == ["b1.png", "a1.png"]  # the list's own order
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     with pytest.raises(InputError, match="no images in: standard input"):
-        images.find("-")
+        files.find("-")
 
 
 def test_photos_of_unread_kinds_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     picture().save(tmp_path / "a.png")
-    (tmp_path / "b.HEIC").write_bytes(b"")
+    (tmp_path / "b.CR2").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
-        assert len(images.find(str(tmp_path))[1]) == 1
-    assert "b.HEIC" in caplog.text
+        assert len(files.find(str(tmp_path))[1]) == 1
+    assert "b.CR2" in caplog.text
 
 
 @pytest.mark.parametrize("source", ["missing", "*.jpg", ""])
 def test_nothing_to_read_is_an_input_error(tmp_path: Path, source: str) -> None:
     with pytest.raises(InputError):
-        images.find(str(tmp_path / source))
+        files.find(str(tmp_path / source))
 
 
 def test_unreadable_photos_are_left_out_with_their_names(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_unreadable_photos_are_left_out_with_their_names(tmp_path: Path) -> None
     whole = (tmp_path / "cut.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     Image.fromarray(np.full((4, 4), 7.0, np.float32)).save(tmp_path / "float.tif")
-    root, paths = images.find(str(tmp_path))
+    root, paths = files.find(str(tmp_path))
     loaded = images.load(root, [*paths, tmp_path / "gone.png"], BALANCED)
     assert loaded.images.names == ("good.png",)
     reasons = dict(loaded.unreadable)
@@ -343,7 +343,7 @@ def test_unreadable_photos_are_left_out_with_their_names(tmp_path: Path) -> None
 
 def test_no_readable_photo_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
-    root, paths = images.find(str(tmp_path))
+    root, paths = files.find(str(tmp_path))
     with pytest.raises(InputError, match=r"empty\.png"):
         images.load(root, paths, BALANCED)
     with pytest.raises(InputError):

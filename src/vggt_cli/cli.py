@@ -82,8 +82,8 @@ def reconstruct(
         list[str],
         typer.Argument(
             metavar="INPUT...",
-            help="Folder of photos, a file, a glob pattern, or - for a list on stdin; of several, "
-            "each becomes a scene.",
+            help="Folder of photos or videos, a file, a glob pattern, or - for a list on stdin; "
+            "of several, each becomes a scene.",
         ),
     ],
     out: Annotated[
@@ -142,6 +142,19 @@ def reconstruct(
             help="Metres: from the distance between two photos (m, cm, mm, km, ft, in), from "
             "--poses in metres, or from EXIF.",
         ),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of masks, white where photos count: NAME.png, STEM.png or NAME.mask.png."
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Keyframes a second of a video; default: by motion."),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Most keyframes of all videos; default: 200.")
     ] = None,
     format: Annotated[  # noqa: A002  the option's name
         list[Format] | None, typer.Option(help="Further files; may be given several times.")
@@ -206,6 +219,9 @@ def reconstruct(
         keep_poses=keep_poses,
         scale_from=scale_from,
         save_tokens=save_tokens,
+        fps=fps,
+        frames=frames,
+        masks=None if masks is None else str(masks),
         seed=seed,
         strict=strict,
         require_commercial=require_commercial,

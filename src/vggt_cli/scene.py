@@ -25,6 +25,19 @@ class Shaping:
     patch_size: int  # pixels
 
 
+RECODED = ("AVIF", "HEIF")  # kinds that few programs read: a scene holds them as JPEG
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where in a video a photo comes from."""
+
+    video: str  # path relative to the source folder
+    number: int  # counted from 0
+    seconds: float
+    folder: object = field(default=None, repr=False, compare=False)  # it lasts as long as this
+
+
 @dataclass(frozen=True)
 class Photo:
     """A file that was read, and what its header says."""
@@ -36,6 +49,15 @@ class Photo:
     camera: str = ""  # EXIF make and model
     focal_length: str = ""  # EXIF, as written
     focal_35mm: float = 0.0  # EXIF, of a 36 x 24 mm sensor with the same view; 0: not written
+    kind: str = ""  # of the file, as Pillow names it
+    mask: Path | None = None  # white where pixels count
+    transparent: bool = False  # alpha says that some pixels do not count
+    frame: Frame | None = None  # of a video; None: a photo
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether a scene holds a copy: of a photo that is not upright, or of a rare kind."""
+        return self.rotated or self.kind in RECODED
 
     @property
     def focal_pixels(self) -> float:
@@ -52,7 +74,7 @@ class ImageSet:
 
     names: tuple[str, ...]  # path relative to the source folder
     pixels: Tensor  # [S, 3, H, W] float32 sRGB in [0, 1]; padding white
-    valid: Tensor  # [S, H, W] bool, False on padding and where alpha is 0
+    valid: Tensor  # [S, H, W] bool, False on padding and masked pixels
     source_from_network: Tensor  # [S, 3, 3] float64 network pixel -> upright source pixel
     source_size: Tensor  # [S, 2] int64 size of the upright source
 

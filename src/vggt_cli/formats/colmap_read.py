@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from tokenize import TokenError
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ from vggt_cli.scene import Cameras, Tracks
 
 LENSES = MODELS[:11]  # those that every reader knows
 PLACES = ("reference", "sparse/0", "sparse")  # where a scene has its model
+# What NumPy raises at .npy files that are cut or damaged: their header is Python.
+MALFORMED = (OSError, ValueError, EOFError, SyntaxError, TokenError, TypeError, OverflowError)
 UNDISTORT = "undistort the scene first: colmap image_undistorter"
 
 
@@ -133,11 +136,13 @@ def _tracks(
         raise InputError(f"images see points that points3D lacks: {path}")
     point = np.searchsorted(number, seen["point"])
     order = np.lexsort((frame, point))
+    with np.errstate(over="ignore"):  # what no float32 holds is infinite
+        places, xy = xyz.astype(np.float32), seen["xy"][order].astype(np.float32)
     return Tracks(
-        torch.from_numpy(xyz.astype(np.float32)),
+        torch.from_numpy(places),
         torch.from_numpy(point[order]),
         torch.from_numpy(frame[order].astype(np.int32)),
-        torch.from_numpy(seen["xy"][order].astype(np.float32)),
+        torch.from_numpy(xy),
     )
 
 
@@ -149,13 +154,14 @@ def read_map(path: Path) -> Tensor:
     """
     try:
         if path.suffix == ".npy":
-            found = np.load(path, allow_pickle=False)
+            # Mapped, because a header may ask for any amount of memory.
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             data = path.read_bytes()
             header = re.match(rb"(\d+)&(\d+)&1&", data)
             w, h = (int(n) for n in header.groups()) if header else (0, 0)
             found = np.frombuffer(data, "<f4", offset=header.end() if header else 0).reshape(h, w)
-    except (OSError, ValueError, EOFError) as error:
+    except MALFORMED as error:
         raise InputError(f"not a map of one number a pixel: {path} ({error})") from error
     if found.ndim != 2 or found.dtype.kind != "f" or not found.size:
         raise InputError(

@@ -240,6 +240,8 @@ def _images_text(path: Path) -> list[Image]:
             values = np.array(next(rows), np.float64).reshape(-1, 3)
             seen = np.empty(len(values), OBSERVATION)
             seen["xy"] = values[:, :2]
+            if not (np.abs(values[:, 2]) < 2**63).all():
+                raise ValueError("a point whose id is no number")
             seen["point"] = np.where(values[:, 2] < 0, NO_POINT, values[:, 2].astype(np.int64))
             name = " ".join(words[9:])
             ids = [int(np.uint32(int(word))) for word in (number, camera)]
@@ -256,4 +258,5 @@ def _points_text(path: Path) -> Points:
         length = np.array([len(track) // 2 for track in tracks], np.int64)
         pairs = np.fromiter(itertools.chain.from_iterable(tracks), np.uint32).reshape(-1, 2)
     track = np.ascontiguousarray(pairs).view(ELEMENT)[:, 0] if len(pairs) else NO_POINTS.track
-    return Points(number, values[:, :3], values[:, 3:].astype(np.uint8), length, track)
+    rgb = np.nan_to_num(values[:, 3:]).clip(0, 255).astype(np.uint8)
+    return Points(number, values[:, :3], rgb, length, track)

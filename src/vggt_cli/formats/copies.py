@@ -1,4 +1,4 @@
-"""Photos out: rewritten copies for images/, where the file itself will not do."""
+"""Photos out: rewritten copies for images/, where the file itself will not do, and masks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
-from vggt_cli.formats.images import upright_file
+from vggt_cli.errors import InputError
+from vggt_cli.formats.files import KINDS
+from vggt_cli.formats.headers import UNREADABLE, exif_of, opened, orientation_of
+from vggt_cli.formats.images import eight_bit, kept, over, turned
 from vggt_cli.geometry import distort, pixel_centers, reframe, sample
-from vggt_cli.scene import Photo
+from vggt_cli.scene import RECODED, Photo
 
 ROWS = 128  # resampled at a time: a photo of 12 megapixels takes about 300 MB in all
+Lens = tuple[Tensor, Tensor, Tensor]  # intrinsics, radial term, intrinsics without it
 Values = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
 
@@ -43,31 +47,73 @@ def _if_possible() -> contextlib.suppress:
 
 def upright_copy(photo: Photo, target: Path) -> None:
     """Write `photo` to `target` turned upright: orientation reset, ICC and other EXIF kept."""
-    turned, how = upright_file(photo.path)
+    turned, how = _upright_file(photo.path)
     turned.save(target, **how)
 
 
-def straight_copy(
-    photo: Photo, target: Path, intrinsics: Tensor, radial: Tensor, straight: Tensor
-) -> None:
-    """Write `photo` to `target` upright, as a pinhole camera of intrinsics `straight` sees it.
+def straight_copy(photo: Photo, target: Path, lens: Lens) -> None:
+    """Write `photo` to `target` upright, as a pinhole camera sees it: see `_straight`.
 
     Size, kind of file, bits, alpha, ICC and EXIF stay; palettes become colours.
-    intrinsics, straight: [3, 3] in pixels of the upright photo, with its lens and without: see
-    `geometry.straight_intrinsics`. radial: [] the lens's term, see `geometry.distort`.
     """
-    turned, how = upright_file(photo.path)
-    image = _continuous(turned)
+    turned, how = _upright_file(photo.path)
+    _straight(_continuous(turned), lens).save(target, **how)
+
+
+def mask_copy(photo: Photo, target: Path, lens: Lens | None) -> None:
+    """Write the mask of `photo` to `target`, a PNG in the pixels of its copy: 255 counts, 0 not."""
+    keep = kept(photo)
+    if lens is not None:
+        keep = _straight(keep, lens).point(lambda value: 255 if value >= 128 else 0)
+    keep.save(target, "PNG")
+
+
+def _straight(image: Image.Image, lens: Lens) -> Image.Image:
+    """The upright image as a pinhole camera sees it, of the same size.
+
+    lens: [3, 3] in pixels of the upright photo, [] its term, see `geometry.distort`, and [3, 3]
+    without it, see `geometry.straight_intrinsics`.
+    """
     source: Values = np.atleast_3d(np.asarray(image))  # [H, W, C]
     H, W = source.shape[:2]
-    lens, term, pinhole = intrinsics.double(), radial.double(), straight.double()
+    bent, term, pinhole = (part.double() for part in lens)
     result = np.empty_like(source)
     for top in range(0, H, ROWS):
-        xy = pixel_centers((min(ROWS, H - top), W), lens)
+        xy = pixel_centers((min(ROWS, H - top), W), bent)
         xy[..., 1] += top
-        seen = distort(reframe(xy, pinhole, lens), lens, term)
+        seen = distort(reframe(xy, pinhole, bent), bent, term)
         result[top : top + ROWS] = _sampled(source, seen, image.mode in ("RGBA", "LA"))
-    Image.frombytes(image.mode, image.size, result.tobytes()).save(target, **how)
+    return Image.frombytes(image.mode, image.size, result.tobytes())
+
+
+def _upright_file(path: Path) -> tuple[Image.Image, dict[str, Any]]:
+    """The photo upright, in its own mode, and how to save it: its kind, ICC and other EXIF kept.
+
+    What few programs read (HEIC, AVIF) becomes a JPEG. Raises InputError if it cannot be read.
+    """
+    try:
+        with opened(path) as image:
+            image.load()
+            kind = "JPEG" if image.format in ("MPO", *RECODED) else image.format
+            icc = image.info.get("icc_profile")
+            upright = turned(image.copy(), orientation_of(image))
+            exif = exif_of(upright)  # of the copy: a TIFF's own has its layout too
+            if image.format in RECODED:
+                upright = over(eight_bit(upright), "white")
+    except UNREADABLE as error:
+        raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
+    exif.pop(ExifTags.Base.Orientation, None)
+    try:
+        writable = len(exif.tobytes()) < 65533 or kind != "JPEG"  # what its segment holds
+    except UNREADABLE:
+        writable = False  # nonsense
+    quality = {"quality": 95, "subsampling": 0} if kind in ("JPEG", "WEBP") else {}
+    return upright, {
+        "format": kind,
+        "exif": exif if writable else b"",
+        "icc_profile": icc,
+        **quality,
+    }
 
 
 def _continuous(image: Image.Image) -> Image.Image:

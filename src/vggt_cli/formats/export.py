@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -22,18 +22,20 @@ from PIL import Image
 from vggt_cli import __version__
 from vggt_cli.errors import OutputError
 from vggt_cli.formats import colmap, page, points, writers
-from vggt_cli.formats.copies import clone, straight_copy, upright_copy
+from vggt_cli.formats.copies import Lens, clone, mask_copy, straight_copy, upright_copy
+from vggt_cli.formats.files import RARE_SUFFIXES
 from vggt_cli.formats.images import frame_of
 from vggt_cli.formats.writers import PLACES
 from vggt_cli.geometry import resize
-from vggt_cli.scene import Scene
+from vggt_cli.scene import Frame, Scene
 
 REPORT_SCHEMA = 1
 OURS = {
-    *("images", "sparse", "points.ply", "confidence", "depth"),
+    *("images", "masks", "sparse", "points.ply", "confidence", "depth"),
     *("report.json", "scene.html"),
     *(place.split("/")[0] for places in PLACES.values() for place in places),
 }
+UNWELCOME = r"[\s.\x00-\x1f\x7f\ud800-\udfff\\:*?\"<>|]"  # in names of files, somewhere
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
@@ -98,6 +100,7 @@ def write(
         files = output_names([photo.name for photo in scene.photos])
         model = as_colmap(scene, files)
         _write_images(scene, model, draft / "images")
+        _write_masks(scene, model, draft / "masks")
         colmap.write(model, draft / "sparse" / "0")
         if scene.dense is not None:
             points.write_cloud(scene.dense, draft / "points.ply")
@@ -134,38 +137,53 @@ def _becoming(folder: Path) -> Iterator[Path]:
 def output_names(names: Sequence[str]) -> list[str]:
     """File names in images/: flat, one dot each, no spaces, stems unique without regard to case.
 
-    Readers of COLMAP models take the base name, cut at the first dot, or split at spaces.
+    Readers of COLMAP models take the base name, cut at the first dot, or split at spaces; no disk
+    refuses what is left. Photos of rare kinds become JPEG.
     """
     taken: set[str] = set()
     result = []
     for name in names:
-        stem, dot, ending = name.replace("/", "__").rpartition(".")
-        stem = re.sub(r"[\s.]", "_", stem)
+        path = PurePosixPath(name.replace("/", "__"))
+        stem, ending = (re.sub(UNWELCOME, "_", part) for part in (path.stem, path.suffix[1:]))
+        if path.suffix.lower() in RARE_SUFFIXES:
+            ending = "jpg"
         free, n = stem, 2
         while free.casefold() in taken:
             free, n = f"{stem}_{n}", n + 1
         taken.add(free.casefold())
-        result.append(free + dot + ending)
+        result.append(f"{free}.{ending}" if ending else free)
     return result
 
 
 def _write_images(scene: Scene, model: colmap.Model, folder: Path) -> None:
     folder.mkdir()
     for i, (photo, file) in enumerate(zip(scene.photos, model.names, strict=True)):
-        if _bent(scene, i):
-            assert scene.refinement is not None
-            lens, straight = scene.refinement.lens, model.cameras.intrinsics[i]
-            intrinsics, radial = lens.cameras.intrinsics[i], lens.radial[i]
-            straight_copy(photo, folder / file, intrinsics, radial, straight)
-        elif photo.rotated:
+        lens = _lens(scene, model, i)
+        if lens is not None:
+            straight_copy(photo, folder / file, lens)
+        elif photo.rewritten:
             upright_copy(photo, folder / file)
         else:
             clone(photo.path, folder / file)
 
 
-def _bent(scene: Scene, frame: int) -> bool:
-    """Whether the photo was taken through a lens that the scene is without."""
-    return scene.refinement is not None and bool(scene.refinement.lens.radial[frame] != 0)
+def _write_masks(scene: Scene, model: colmap.Model, folder: Path) -> None:
+    """NAME.png for COLMAP and Brush, STEM.png for nerfstudio, which then wants one per photo."""
+    if not any(photo.mask or photo.transparent for photo in scene.photos):
+        return
+    folder.mkdir()
+    for i, (photo, file) in enumerate(zip(scene.photos, model.names, strict=True)):
+        mask = folder / f"{file}.png"
+        mask_copy(photo, mask, _lens(scene, model, i))
+        clone(mask, folder / f"{Path(file).stem}.png")
+
+
+def _lens(scene: Scene, model: colmap.Model, frame: int) -> Lens | None:
+    """What the photo is straightened by; None: it was taken through no lens that bends."""
+    if scene.refinement is None or not bool(scene.refinement.lens.radial[frame] != 0):
+        return None
+    lens = scene.refinement.lens
+    return lens.cameras.intrinsics[frame], lens.radial[frame], model.cameras.intrinsics[frame]
 
 
 def as_colmap(scene: Scene, files: Sequence[str]) -> colmap.Model:
@@ -279,9 +297,14 @@ def _image_report(scene: Scene, model: colmap.Model, frame: int) -> dict[str, An
             "max": float(confidence.max()),
         },
         "observations": int((model.tracks.frame == frame).sum()),
-        "rewritten": photo.rotated or _bent(scene, frame),
+        "rewritten": photo.rewritten or _lens(scene, model, frame) is not None,
+        "video": None if photo.frame is None else _moment(photo.frame),
         "refinement": None if scene.refinement is None else scene.refinement.images[frame],
     }
+
+
+def _moment(frame: Frame) -> dict[str, Any]:
+    return {"file": frame.video, "frame": frame.number, "seconds": frame.seconds}
 
 
 def _versions() -> dict[str, str]:

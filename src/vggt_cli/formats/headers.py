@@ -1,13 +1,26 @@
-"""What the header of a photo says, without its pixels and without torch."""
+"""What the header of a photo says, without its pixels and without torch; how photos are opened."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
+import stat
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError, features
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF", "HEIF")
+# What Pillow raises at files that are cut, mislabelled or made to hurt.
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError),
+    *(struct.error, AttributeError, MemoryError, RuntimeError),
+)
+MOST_PIXELS = 2**30  # of a photo: 32768 x 32768
+BYTES = 16  # a pixel, while a photo is decoded, converted and scaled
 
 
 class Header(NamedTuple):
@@ -18,18 +31,87 @@ class Header(NamedTuple):
     orientation: int  # EXIF; 1: upright
 
 
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """The photo at `path` as Pillow opens it, none of its pixels decoded yet.
+
+    Its kind is what the file holds, whatever its name says.
+    Raises what UNREADABLE holds: for other kinds, for what is no file (a pipe would be waited for)
+    and for more pixels than this machine can decode.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("not a regular file")
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's bound is below people's panoramas: ours is above them
+    try:
+        image = Image.open(path, formats=FORMATS if _reads_heif() else FORMATS[:-1])
+    except UnidentifiedImageError as error:
+        raise OSError(_what_it_is(path)) from error
+    with image:
+        w, h = image.size
+        if w * h > most_pixels():
+            most = f"{most_pixels() / 1e6:.0f} megapixels"
+            raise OSError(f"{w} x {h} pixels, and at most {most} are decoded here")
+        yield image
+
+
+def most_pixels() -> int:
+    """How many pixels a photo may have: what half of this machine's memory can decode."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return MOST_PIXELS
+    return min(MOST_PIXELS, memory // (2 * BYTES))
+
+
+def _reads_heif() -> bool:
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener(thumbnails=False)
+    return True
+
+
+def _what_it_is(path: Path) -> str:
+    """Why Pillow knows no such photo."""
+    with path.open("rb") as file:
+        start = file.read(12)
+    if not start:
+        return "empty file"
+    if start[4:8] == b"ftyp" and start[8:12] in (b"avif", b"avis") and not features.check("avif"):
+        return "AVIF, which this Pillow does not read"
+    if start[4:8] == b"ftyp" and not _reads_heif():
+        return "HEIC: pip install 'vggt-cli[heif]'"
+    return "not a photo of a known kind"
+
+
+def exif_of(image: Image.Image) -> Image.Exif:
+    """The photo's EXIF, empty where it is nonsense."""
+    try:
+        exif = image.getexif()
+        dict(exif)
+    except UNREADABLE:
+        return Image.Exif()
+    return exif
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 (upright) where it says nothing or nonsense."""
+    found = exif_of(image).get(ExifTags.Base.Orientation, 1)
+    return found if found in range(1, 9) else 1
+
+
 def header(path: Path) -> Header | str:
     """The header of the photo at `path`, or why it cannot be read."""
-    Image.MAX_IMAGE_PIXELS = None  # people's own photos: panoramas pass Pillow's bomb limit
     try:
-        with Image.open(path) as image:
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        with opened(path) as image:
+            orientation = orientation_of(image)
             w, h = image.size
             # Pillow's TIFF size has the rotation applied.
             turned = orientation in range(5, 9) and image.format != "TIFF"
     except FileNotFoundError:
         return "missing"
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises
+    except UNREADABLE as error:
         return f"cannot be read ({type(error).__name__})"
     return Header((h, w), (w, h) if turned else (h, w), orientation)
 
@@ -42,11 +124,11 @@ def gps(path: Path) -> tuple[float, float, float] | None:
     """
     tags = ExifTags.GPS
     try:
-        with Image.open(path) as image:
-            said = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
+        with opened(path) as image:
+            said = exif_of(image).get_ifd(ExifTags.IFD.GPSInfo)
         latitude = _degrees(said[tags.GPSLatitude], said[tags.GPSLatitudeRef], "S")
         longitude = _degrees(said[tags.GPSLongitude], said[tags.GPSLongitudeRef], "W")
-    except (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, ZeroDivisionError):
+    except UNREADABLE:
         return None
     altitude = math.nan
     with contextlib.suppress(KeyError, TypeError, ValueError, ZeroDivisionError):

@@ -1,7 +1,7 @@
-"""Photos in: find the files, decode them upright, bring them to the network's size.
+"""Photos in: decode them upright, bring them to the network's size.
 
-The one door to Pillow's decoders. "Source" is the upright image: EXIF rotation is applied at
-decoding, and every map, size and pixel of the outputs refers to it.
+The one door to Pillow's decoders, with `headers`. "Source" is the upright image: EXIF
+rotation is applied at decoding, and every map, size and pixel of the outputs refers to it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import contextlib
 import logging
 import math
 import os
-import re
-import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,21 +20,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageChops
 from torch import Tensor
 
 from vggt_cli.errors import InputError
+from vggt_cli.formats.files import KINDS, name_in
+from vggt_cli.formats.headers import UNREADABLE, exif_of, opened, orientation_of
 from vggt_cli.scene import ImageSet, Photo, Shaping
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".bmp", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-KINDS = "JPEG, PNG, WebP, TIFF and BMP are read"
-# Photos that people have and that are not read: named instead of passed over in silence.
-OTHER_KINDS = (".arw", ".avif", ".cr2", ".cr3", ".dng", ".gif", ".heic", ".heif", ".jp2", ".nef")
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as this many of its pixels are left
 # for each pixel of the network: the result then differs by less than a grey level on average.
 DRAFT_OVERSAMPLING = 2
+ONE_BY_ONE = 2**25  # pixels: larger photos are decoded one at a time, whatever the threads
+TURNED = {  # by EXIF's orientation: what makes the photo upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_large = threading.Lock()
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 
@@ -46,60 +54,6 @@ class Loaded:
     images: ImageSet
     photos: tuple[Photo, ...]
     unreadable: tuple[tuple[str, str], ...]  # (name, reason)
-
-
-def find(source: str) -> tuple[Path, list[Path]]:
-    """The root folder and the image files of `source`, in natural order of their paths.
-
-    source: a folder (searched with its subfolders; hidden files are left out), one file, a glob
-    pattern, or "-" for one path a line on standard input.
-    Raises InputError if there is nothing to read.
-    """
-    path = Path(source)
-    if source == "-":
-        listed = [Path(line.rstrip("\r\n")) for line in sys.stdin if line.strip()]
-        return _common_root(listed, "standard input"), listed
-    if path.is_dir():
-        return path, _images_among(path, path.rglob("*"), source)
-    if path.is_file():
-        return path.parent, [path]
-    base = Path(path.anchor or ".")
-    matches = list(base.glob(str(path.relative_to(path.anchor))))
-    if not matches:
-        raise InputError(f"no such folder, file or pattern: {source}", hint=KINDS)
-    found = _images_among(base, matches, source)
-    return _common_root(found, source), found
-
-
-def _common_root(paths: Sequence[Path], source: str) -> Path:
-    if not paths:
-        raise InputError(f"no images in: {source}", hint=KINDS)
-    return Path(os.path.commonpath([p.absolute().parent for p in paths]))
-
-
-def _images_among(root: Path, paths: Iterable[Path], source: str) -> list[Path]:
-    """The files of known kinds below `root` that are not hidden, in natural order."""
-    found: list[Path] = []
-    other: list[Path] = []
-    for path in paths:
-        inside = path.relative_to(root)
-        if any(part.startswith(".") for part in inside.parts) or not path.is_file():
-            continue
-        kind = path.suffix.lower()
-        (found if kind in SUFFIXES else other if kind in OTHER_KINDS else []).append(path)
-    if other:
-        log.warning("%d files left out, e.g. %s: %s", len(other), other[0].name, KINDS)
-    if not found:
-        raise InputError(f"no images in: {source}", hint=KINDS)
-    return sorted(found, key=lambda path: natural_order(path.relative_to(root).as_posix()))
-
-
-def natural_order(name: str) -> tuple[list[tuple[int, int, str]], str]:
-    """Sorting key under which `img2` comes before `img10`."""
-    parts = re.findall(r"[0-9]+|[^0-9]+", name.casefold())
-    digits = [p[0].isascii() and p[0].isdigit() for p in parts]
-    key = [(0, int(p), "") if d else (1, 0, p) for p, d in zip(parts, digits, strict=True)]
-    return key, name
 
 
 def network_size(size: tuple[int, int], shaping: Shaping) -> tuple[int, int]:
@@ -124,21 +78,25 @@ def load(
     paths: Sequence[Path],
     shaping: Shaping,
     progress: Callable[[int], None] = lambda done: None,
+    masks: Sequence[Path | None] = (),
 ) -> Loaded:
     """The images of `paths` as a network takes them; files that cannot be read are left out.
 
     Mixed sizes are padded with white to the largest, centred; padding is not valid.
     progress: called with the number of files decoded so far.
-    Raises InputError if no file can be read.
+    masks: of each path, see `masks.matching`; what they leave out is not valid.
+    Raises InputError if no file can be read, or a mask does not fit its photo.
     """
     decoded: list[tuple[Photo, Tensor]] = []
     unreadable = []
+    names = [name_in(root, path) for path in paths]
+    shape = partial(network_size, shaping=shaping)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        shape = partial(network_size, shaping=shaping)
-        results = threads.map(lambda path: _read(path, _name(root, path), shape), paths)
-        for done, (path, result) in enumerate(zip(paths, results, strict=True), 1):
+        every = (paths, names, [shape] * len(paths), masks or [None] * len(paths))
+        results = threads.map(_read, *every)
+        for done, (name, path, result) in enumerate(zip(names, paths, results, strict=True), 1):
             if isinstance(result, str):
-                unreadable.append((_name(root, path), result))
+                unreadable.append((name, result))
                 log.warning("left out, cannot be read: %s (%s)", path, result)
             else:
                 decoded.append(result)
@@ -150,12 +108,15 @@ def load(
 
 
 def load_sized(
-    paths: Sequence[Path], names: Sequence[str], sizes: Sequence[tuple[int, int]]
+    paths: Sequence[Path],
+    names: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    masks: Sequence[Path | None],
 ) -> Loaded:
     """The photos called `names`, each at its own network size. Raises InputError for a bad one."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         known = [lambda _, size=size: size for size in sizes]
-        results = list(threads.map(_read, paths, names, known))
+        results = list(threads.map(_read, paths, names, known, masks))
     for path, result in zip(paths, results, strict=True):
         if isinstance(result, str):
             raise InputError(f"cannot be read: {path} ({result})", hint=KINDS)
@@ -171,30 +132,60 @@ def _together(
     return Loaded(images, photos, tuple(unreadable))
 
 
-def _name(root: Path, path: Path) -> str:
-    return path.absolute().relative_to(root.absolute()).as_posix()
-
-
 def _read(
-    path: Path, name: str, shape: Callable[[tuple[int, int]], tuple[int, int]]
+    path: Path, name: str, shape: Callable[[tuple[int, int]], tuple[int, int]], mask: Path | None
 ) -> tuple[Photo, Tensor] | str:
     """The photo with its RGBA pixels [4, h, w] uint8 at network size, or why it cannot be read."""
-    Image.MAX_IMAGE_PIXELS = None  # people's own photos: panoramas pass Pillow's bomb limit
     try:
-        with Image.open(path) as image:
-            exif = image.getexif()
-            rotated = exif.get(ExifTags.Base.Orientation, 1) in range(2, 9)
-            photo = Photo(path, name, _upright_size(image), rotated, *_camera(exif))
-            size = shape(photo.size)
-            h, w = size if image.size == photo.size[::-1] else size[::-1]  # as stored
+        with opened(path) as image:
+            rotated = orientation_of(image) != 1
+            kind, source = image.format or "", _upright_size(image)
+            size = shape(source)
+            h, w = size if image.size == source[::-1] else size[::-1]  # as stored
             image.draft(None, (w * DRAFT_OVERSAMPLING, h * DRAFT_OVERSAMPLING))  # JPEG alone
-            image.load()
-            upright = ImageOps.exif_transpose(_eight_bit(image))
+            exif = _camera(exif_of(image))
+            rgba = resized(_decoded(image), size)
     except FileNotFoundError:
         return "no such file"
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises
+    except UNREADABLE as error:
         return str(error).replace(str(path), path.name) or type(error).__name__
-    return photo, torch.from_numpy(resized(upright, size))
+    clear = bool((rgba[3] < 128).any())
+    photo = Photo(path, name, source, rotated, *exif, kind=kind, mask=mask, transparent=clear)
+    if mask is not None:
+        keep = _mask(mask, photo).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        rgba[3] = np.minimum(rgba[3], np.asarray(keep))
+    return photo, torch.from_numpy(rgba)
+
+
+def kept(photo: Photo) -> Image.Image:
+    """Which pixels of the upright photo count, by its mask and its alpha: 255, else 0, mode L.
+
+    Raises InputError for a mask that cannot be read or has another size.
+    """
+    keep = Image.new("L", photo.size[::-1], 255)
+    if photo.mask is not None:
+        keep = _mask(photo.mask, photo)
+    if photo.transparent:
+        keep = ImageChops.darker(keep, _white(_upright(photo.path).getchannel("A")))
+    return keep
+
+
+def _mask(path: Path, photo: Photo) -> Image.Image:
+    """The mask at `path` in the pixels of the upright photo: 255 where it is white, else 0."""
+    gray = over(_upright(path), "black").convert("L")
+    if gray.getextrema()[1] == 1:  # written as 0 and 1
+        gray = gray.point(lambda value: 255 * value)
+    if photo.rotated and gray.size == photo.size != photo.size[::-1]:  # as the file is stored
+        with opened(photo.path) as image:
+            gray = gray.transpose(TURNED[orientation_of(image)])
+    if gray.size != photo.size[::-1]:
+        found, wanted = words(gray.size[::-1]), words(photo.size)
+        raise InputError(f"the mask of {photo.name} is {found}, the photo {wanted}: {path}")
+    return _white(gray)
+
+
+def _white(gray: Image.Image) -> Image.Image:
+    return gray.point(lambda value: 255 if value >= 128 else 0)
 
 
 def window(
@@ -215,9 +206,7 @@ def window(
 
 def gray(path: Path, longest: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """[h, w] uint8 luma of the upright photo over white, at most `longest`; InputError as above."""
-    upright = _upright(path, longest)
-    if upright.mode == "RGBA":
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+    upright = over(_upright(path, longest), "white")
     scale = min(1.0, longest / max(upright.size))
     w, h = (max(1, round(n * scale)) for n in upright.size)
     return np.asarray(upright.convert("L").resize((w, h), Image.Resampling.BICUBIC))
@@ -226,31 +215,51 @@ def gray(path: Path, longest: int) -> np.ndarray[tuple[int, ...], np.dtype[np.ui
 def size_of(path: Path) -> tuple[int, int]:
     """(height, width) of the upright photo, from its header; InputError if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             return _upright_size(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
 
 
 def _upright(path: Path, longest: int = 100_000) -> Image.Image:
     """RGB or RGBA of 8 bits, a JPEG perhaps reduced to no less than `longest`; or InputError."""
-    Image.MAX_IMAGE_PIXELS = None
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             w, h = (max(1, round(n * min(1, longest / max(image.size)))) for n in image.size)
             image.draft(None, (w, h))
-            return ImageOps.exif_transpose(_eight_bit(image))
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+            return _decoded(image)
+    except UNREADABLE as error:
         raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) once EXIF rotation is applied; Pillow's TIFF size has it applied."""
-    on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+    on_its_side = orientation_of(image) in range(5, 9)
     return image.size if on_its_side and image.format != "TIFF" else image.size[::-1]
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def _decoded(image: Image.Image) -> Image.Image:
+    """The photo upright, RGB or RGBA with 8 bits a channel."""
+    w, h = image.size
+    with _large if w * h > ONE_BY_ONE else contextlib.nullcontext():
+        image.load()
+        return turned(eight_bit(image), orientation_of(image))
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """The image, stored under that EXIF orientation, upright; itself where it is."""
+    how = TURNED.get(orientation)
+    return image if how is None else image.transpose(how)
+
+
+def over(image: Image.Image, color: str) -> Image.Image:
+    """RGB: what is transparent shows `color`."""
+    if image.mode != "RGBA":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, color), image).convert("RGB")
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
     """RGB or RGBA with 8 bits a channel; 16-bit values are scaled, not clipped."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
@@ -258,7 +267,6 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         if values.size and (values.min() < 0 or values.max() > full):
             raise ValueError(f"values outside 0..{full:g} in a {image.mode} image")
         gray = Image.fromarray(np.round(values * (255 / full)).astype(np.uint8))
-        gray.info.update(image.info)  # keeps the EXIF rotation
         return gray.convert("RGB")
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
@@ -266,11 +274,10 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 def _camera(exif: Image.Exif) -> tuple[str, str, float]:
     """Make and model, focal length as written, and that of the same view on 36 x 24 mm or 0."""
     make, model = (str(exif.get(tag, "")).strip(" \0") for tag in (0x010F, 0x0110))
-    details = exif.get_ifd(ExifTags.IFD.Exif)
-    try:
+    details, equivalent = dict[int, Any](), 0.0
+    with contextlib.suppress(*UNREADABLE):  # nonsense says nothing
+        details = exif.get_ifd(ExifTags.IFD.Exif)
         equivalent = float(details.get(ExifTags.Base.FocalLengthIn35mmFilm, 0))
-    except (TypeError, ValueError, ZeroDivisionError):
-        equivalent = 0.0
     focal = str(details.get(ExifTags.Base.FocalLength, ""))
     return f"{make} {model}".strip(), focal, equivalent if 0 < equivalent < 1e4 else 0.0
 
@@ -283,13 +290,11 @@ def resized(
     box: left, top, right, bottom of the part of the image that is seen; None: all.
     Source: spec vggt section 11, vggt_omega section 12.
     """
+    alpha, part = Image.new("L", (1, 1), 255), None
     if image.mode == "RGBA":
-        over = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         alpha, part = image.getchannel("A"), box
-    else:
-        over, alpha, part = image, Image.new("L", (1, 1), 255), None
     bicubic = Image.Resampling.BICUBIC
-    rgb = over.resize((size[1], size[0]), bicubic, box)
+    rgb = over(image, "white").resize((size[1], size[0]), bicubic, box)
     opaque = alpha.resize((size[1], size[0]), bicubic, part)
     return np.concatenate([np.asarray(rgb), np.asarray(opaque)[..., None]], -1).transpose(2, 0, 1)
 
@@ -324,11 +329,10 @@ def frame_of(images: ImageSet, frame: int) -> tuple[slice, slice]:
 
 def upright_sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
     """(height, width) of the files that can be opened, from their headers alone."""
-    Image.MAX_IMAGE_PIXELS = None
     sizes = []
     for path in paths:
-        with contextlib.suppress(OSError), Image.open(path) as image:
-            sizes.append(_upright_size(image))
+        with contextlib.suppress(InputError):
+            sizes.append(size_of(path))
     if not sizes:
         raise InputError(f"none of {len(paths)} images can be read", hint=KINDS)
     return sizes
@@ -337,14 +341,3 @@ def upright_sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
 def words(size: tuple[int, int]) -> str:
     """Width and height as people write them."""
     return f"{size[1]} x {size[0]}"
-
-
-def upright_file(path: Path) -> tuple[Image.Image, dict[str, Any]]:
-    """The photo upright, in its own mode, and how to save it: its kind, ICC and other EXIF kept."""
-    with Image.open(path) as image:
-        kind = "JPEG" if image.format == "MPO" else image.format  # MPO: phones' JPEG and more
-        icc = image.info.get("icc_profile")
-        turned = ImageOps.exif_transpose(image)
-    exif = turned.getexif()  # without the orientation, which exif_transpose takes out
-    quality = {"quality": 95, "subsampling": 0} if kind in ("JPEG", "WEBP") else {}
-    return turned, {"format": kind, "exif": exif, "icc_profile": icc, **quality}

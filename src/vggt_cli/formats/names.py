@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from vggt_cli.formats.export import output_names
-from vggt_cli.formats.images import OTHER_KINDS, SUFFIXES
+from vggt_cli.formats.files import OTHER_KINDS, SUFFIXES
 
 
 def pair(first: Sequence[str], second: Sequence[str]) -> dict[int, int]:

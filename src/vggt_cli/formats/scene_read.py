@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vggt_cli.geometry import keep_points, resize
 from vggt_cli.scene import (
     Cameras,
     Finding,
+    Frame,
     ImageSet,
     Prediction,
     Provenance,
@@ -74,12 +75,16 @@ def read(folder: Path) -> Scene:
         [folder / "images" / file for file in files],
         [row["name"] for row in rows],
         [(one.shape[0], one.shape[1]) for one in depth],
+        [mask if (mask := folder / "masks" / f"{file}.png").is_file() else None for file in files],
+    )
+    photos = tuple(
+        replace(photo, frame=_frame(row)) for photo, row in zip(loaded.photos, rows, strict=True)
     )
     depths, confidences = (_padded(one, loaded.images) for one in (depth, confidence))
     tokens, text = _tokens(folder / "tokens.npz")
     made = {**report, **report["model"], "peak_memory": report["peak_memory_bytes"]}
     return Scene(
-        loaded.photos,
+        photos,
         loaded.images,
         Prediction(_cameras(model, loaded), depths, confidences, tokens, text),
         model.camera_of_image,
@@ -128,6 +133,11 @@ def read_foreign(folder: Path, photos: Path | None) -> Scene:
         loaded.unreadable,
         seen_in="image",
     )
+
+
+def _frame(row: dict[str, Any]) -> Frame | None:
+    video = row.get("video")
+    return video and Frame(video["file"], video["frame"], video["seconds"])
 
 
 def _report(path: Path) -> dict[str, Any]:

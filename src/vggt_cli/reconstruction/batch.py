@@ -162,7 +162,7 @@ def is_done(job: Job) -> bool:
     made = scene_read.content(job.out)
     if made is None or not set(job.formats) <= set(writers.held(job.out)):
         return False
-    return made == pipeline.content_key(job.source, job.options)
+    return made != "" and made == pipeline.content_key(job.source, job.options)
 
 
 def _in_turn(jobs: Sequence[Job], how: How) -> Iterator[dict[str, Any]]:

@@ -21,7 +21,7 @@ from vggt_cli.models import weights
 from vggt_cli.models.catalog import CATALOG, Entry
 from vggt_cli.models.networks import Network
 from vggt_cli.models.store import sha256
-from vggt_cli.reconstruction import content, given
+from vggt_cli.reconstruction import content, given, inputs
 from vggt_cli.reconstruction.detect import cache_folder
 from vggt_cli.reconstruction.diagnose import diagnose
 from vggt_cli.reconstruction.fuse import FuseOptions, fuse
@@ -55,6 +55,9 @@ class Options:
     scale_from: str | None = None  # A-B=1.5m, poses or gps: see reconstruction.scale
     save_tokens: bool = False  # also the text embedding, where the weights have one
     seed: int = 0
+    fps: float | None = None  # keyframes a second of a video; None: by motion
+    frames: int | None = None  # keyframes of all videos, at most; None: inputs.FRAMES
+    masks: str | None = None  # folder: see formats.masks.matching
     strict: bool = False  # a photo that cannot be read stops the run
     require_commercial: bool = False
     offline: bool = False
@@ -66,7 +69,7 @@ def reconstruct(
     progress: Progress = silent,
     networks: weights.Networks | None = None,
 ) -> Scene:
-    """Cameras, depth and points of the photos in `source` (see `images.find`).
+    """Cameras, depth and points of the photos or videos in `source` (see `files.find`).
 
     The same photos, weights and options give the same scene.
     networks: the one that was loaded last, so that it need not be loaded again.
@@ -74,14 +77,11 @@ def reconstruct(
     """
     device = devices.choose(options.device)
     dtype = devices.compute_dtype(device)
-    root, paths = photos.find(source)
     shaping, warnings = _shaping(_weights(options).shaping, options.resolution)
     stages = Stages(device, progress)
     with stages.stage("load images"):
-        loaded = photos.load(root, paths, shaping, lambda n: progress("load images", n, len(paths)))
-    if options.strict and loaded.unreadable:
-        name, why = loaded.unreadable[0]
-        raise InputError(f"cannot be read: {name} ({why})", hint="leave out --strict to go on")
+        loaded, said = inputs.read(source, shaping, _of_inputs(options), progress)
+    warnings += said
     H, W = loaded.images.size
     stages.work = f"{len(loaded.images)} images of {W} x {H}"
     group = camera_groups(loaded.photos, options.camera)
@@ -101,8 +101,8 @@ def reconstruct(
         tracks, rgb, dense = _points(improved, options)
     with stages.stage("diagnose"):
         findings = diagnose(loaded.photos, improved, raw, start.group)
-    digest = content.key(root, paths, dataclasses.asdict(options), used.sha256)
-    made_by = _made_by(used, device, dtype, options, stages, digest)
+    made_by = _made_by(used, device, dtype, options, stages)
+    made_by = dataclasses.replace(made_by, content=content_key(source, options))
     return Scene(
         loaded.photos,
         improved.images,
@@ -132,7 +132,6 @@ def _made_by(
     dtype: torch.dtype,
     options: Options,
     stages: Stages,
-    digest: str,
 ) -> Provenance:
     return Provenance(
         used.name,
@@ -144,14 +143,17 @@ def _made_by(
         dataclasses.asdict(options),
         stages.seconds,
         stages.peak_memory,
-        digest,
     )
 
 
 def content_key(source: str, options: Options) -> str:
-    """What `Provenance.content` of the scene would be; see `content.key`."""
+    """What `Provenance.content` of the scene would be; empty for a list, which is read once."""
+    if source == "-":
+        return ""
     _, path = weights.identify(options.model)
-    return content.key(*photos.find(source), dataclasses.asdict(options), sha256(path))
+    return content.key(
+        *inputs.find(source, _of_inputs(options)), dataclasses.asdict(options), sha256(path)
+    )
 
 
 def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) -> Scene:
@@ -246,6 +248,10 @@ def _shaping(preset: Shaping, resolution: int | None) -> tuple[Shaping, list[str
     return dataclasses.replace(preset, resolution=resolution), [words]
 
 
+def _of_inputs(options: Options) -> inputs.InputOptions:
+    return inputs.InputOptions(options.fps, options.frames, options.masks, options.strict)
+
+
 def _prior(options: Options, loaded: photos.Loaded) -> given.Given:
     """What the options say of the cameras, read."""
     if options.keep_poses and options.refine == "sfm":
@@ -319,18 +325,18 @@ def _warned(warnings: list[str]) -> list[str]:
 def plan(source: str, options: Options) -> dict[str, Any]:
     """What `reconstruct` would do, without loading weights or decoding images."""
     device = devices.choose(options.device)
-    _, paths = photos.find(source)
+    _, paths = inputs.find(source, _of_inputs(options))
     known = _weights(dataclasses.replace(options, offline=True))
     shaping, warnings = _shaping(known.shaping, options.resolution)
-    sizes = photos.upright_sizes(paths)
+    count, sizes = inputs.measured(paths, _of_inputs(options))
     shaped = [photos.network_size(size, shaping) for size in sizes]
     H, W = (max(size[axis] for size in shaped) for axis in (0, 1))
     return {
-        "images": len(paths),
+        "images": count,
         "first": paths[0].name,
         "last": paths[-1].name,
         "network_size": [H, W],
-        "tokens": len(paths) * (H // shaping.patch_size) * (W // shaping.patch_size),
+        "tokens": count * (H // shaping.patch_size) * (W // shaping.patch_size),
         "model": known.name,
         "licence": known.licence.name,
         "device": str(device),
