@@ -35,7 +35,7 @@ def doctor(
     else:
         notes = sum(fact.state == "note" for fact in facts)
         verdict = "something is broken" if broken else "vggt can do its work here"
-        typer.echo(f"\n{verdict}{f'; {notes} notes' if notes else ''}")
+        typer.echo(f"\n{verdict}; notes: {notes}")
     if broken:
         raise typer.Exit(1)
 

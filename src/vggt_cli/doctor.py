@@ -30,7 +30,7 @@ FOR = {
 }
 MEMORY = 1 << 30  # bytes: mini takes 0.7 GB for eight photos
 DISK = 6 << 30  # bytes: a network of a billion parameters and room to write it
-REQUIREMENT = re.compile(r"([\w.-]+)[^;]*?>=\s*([\d.]+)")
+BOUND = re.compile(r"(>=|<)\s*([\d.]+)")
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,10 @@ def _packages() -> Iterator[Fact]:
 
 
 def _package(line: str, extra: str) -> Fact:
-    found = REQUIREMENT.match(line)
-    assert found is not None, line
-    name, least = found.groups()
+    wanted = line.partition(";")[0].strip()
+    name, bounds = re.split(r"[<>=!~ ]", wanted)[0], dict(BOUND.findall(wanted))
     purpose = f" ({FOR.get(extra, extra)})" if extra else ""
-    mend = f"pip install '{line.partition(';')[0].strip()}'{purpose}"
+    mend = f"pip install '{wanted}'{purpose}"
     missing = NOTE if extra else BROKEN
     try:
         there = metadata.version(name)
@@ -85,8 +84,9 @@ def _package(line: str, extra: str) -> Fact:
         return Fact("versions", name, missing, "not installed", mend)
     except (ImportError, OSError) as error:
         return Fact("versions", name, missing, f"cannot be imported: {error}", mend)
-    if _numbers(there) < _numbers(least):
-        return Fact("versions", name, missing, f"{there} is older than {least}", mend)
+    least, below = (_numbers(bounds.get(sign, "")) for sign in (">=", "<"))
+    if _numbers(there) < least or (below and _numbers(there) >= below):
+        return Fact("versions", name, missing, f"{there} does not fit {wanted}", mend)
     return Fact("versions", name, OK, there)
 
 
@@ -149,10 +149,14 @@ def _weights() -> Iterator[Fact]:
 
     for known in CATALOG:
         found = store.locate(known)
-        if found:
-            words = (
-                f"{found.path} ({found.path.stat().st_size / 1e6:,.0f} MB, {known.licence.name})"
-            )
+        if not found:
+            continue
+        size = found.path.stat().st_size
+        words = f"{found.path} ({size / 1e6:,.0f} MB, {known.licence.name})"
+        if size < known.size:
+            mend = f"vggt weights verify {known.name}"
+            yield Fact("weights", known.name, NOTE, f"cut short? {words}", mend)
+        else:
             yield Fact("weights", known.name, OK, words)
     try:
         best = weights.best()
