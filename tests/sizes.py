@@ -16,6 +16,7 @@ COMMANDS = {
     "cli_learning.py",
     "cli_check.py",
     "cli_scenes.py",
+    "cli_doctor.py",
 }  # a command's length is its options
 
 

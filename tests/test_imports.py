@@ -25,6 +25,8 @@ LAYER = {
     "cli_scenes": 6,
     "cli_check": 6,
     "cli_batch": 6,
+    "doctor": 5,
+    "cli_doctor": 6,
     "cli": 7,
     "__main__": 8,
 }

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vggt_cli import __version__, cli_batch, cli_check, cli_learning, cli_scenes
+from vggt_cli import __version__, cli_batch, cli_check, cli_doctor, cli_learning, cli_scenes
 from vggt_cli.cli_scenes import Format
 from vggt_cli.cli_weights import app as weights_app
 from vggt_cli.errors import VggtError
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Photos in, scene out: cameras, depth and points from one feed-forward transformer.",
-    epilog="Exit codes: 0 ok, 1 reconstruction failed or check found a fault, "
+    epilog="Exit codes: 0 ok, 1 reconstruction failed, or check or doctor found a fault, "
     "2 usage, input or output, 3 some of several scenes failed, 4 weights or licence, "
     "5 out of memory, 70 internal error, 130 interrupted.",
 )
@@ -40,6 +40,7 @@ app.command()(cli_scenes.refine)
 app.command()(cli_scenes.export)
 app.command()(cli_scenes.compare)
 app.command()(cli_scenes.view)
+app.command()(cli_doctor.doctor)
 
 
 class Camera(enum.StrEnum):

@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -50,6 +51,33 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def _cpu_multiplies_bfloat16() -> bool:
     # Private in torch, present since 2.5; without the instructions bfloat16 is emulated and slow.
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def describe() -> list[tuple[str, str]]:
+    """Each device by the name that --device takes, the one of "auto" first, and what it is."""
+    chosen = choose("auto")
+    found = []
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, total = torch.cuda.mem_get_info(i)
+        memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GB free"
+        found.append((f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, {memory}"))
+    if torch.backends.mps.is_available():
+        found.append(("mps", "Apple's GPU, memory shared with the CPU"))
+    found.append(("cpu", f"{torch.get_num_threads()} threads of torch"))
+    dtype = str(compute_dtype(chosen)).removeprefix("torch.")
+    first, words = found[0]
+    return [(first, f"{words}; --device auto takes it, in {dtype}"), *found[1:]]
+
+
+def unused() -> tuple[str, str] | None:
+    """What keeps an NVIDIA GPU of this machine, or this torch's CUDA, from use; how to mend it."""
+    if torch.cuda.is_available():
+        return None
+    if Path("/proc/driver/nvidia/version").exists() and torch.version.cuda is None:
+        return "there is an NVIDIA GPU, and this torch is without CUDA", "pip install torch anew"
+    if torch.version.cuda is not None:
+        return "this torch has CUDA, and sees no GPU", "if there is one: does nvidia-smi see it?"
+    return None
 
 
 def exact_convolutions() -> contextlib.AbstractContextManager[None]:
