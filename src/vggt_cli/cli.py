@@ -146,12 +146,15 @@ def reconstruct(
     masks: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of masks, white where photos count: NAME.png, STEM.png or NAME.mask.png."
+            help="Folder of masks, white where photos count: NAME.png, STEM.png or NAME.mask.png. "
+            "They go out with the scene."
         ),
     ] = None,
     fps: Annotated[
         float | None,
-        typer.Option(min=0.001, help="Keyframes a second of a video; default: by motion."),
+        typer.Option(
+            min=0.001, help="Keyframes a second of a video, sharp ones; default: by motion."
+        ),
     ] = None,
     frames: Annotated[
         int | None, typer.Option(min=1, help="Most keyframes of all videos; default: 200.")
@@ -169,7 +172,7 @@ def reconstruct(
         bool, typer.Option("--overwrite", help="Replace a scene at --out, once the new is whole.")
     ] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at a photo that cannot be read.")
+        bool, typer.Option("--strict", help="Stop at a photo or video that cannot be read.")
     ] = False,
     require_commercial: Annotated[
         bool, typer.Option("--require-commercial", help="Refuse weights without commercial use.")
@@ -187,7 +190,7 @@ def reconstruct(
         int, typer.Option("--verbose", "-v", count=True, help="More words; -vv: tracebacks.")
     ] = 0,
 ) -> None:
-    """Cameras, depth and points from photos, as a COLMAP scene.
+    """Cameras, depth and points from photos or videos, as a COLMAP scene.
 
     Writes OUT/sparse/0 (world-to-camera, OpenCV axes, pixels of OUT/images), OUT/points.ply,
     OUT/depth, OUT/confidence, OUT/report.json and OUT/scene.html (vggt view shows it); prints OUT.
