@@ -8,6 +8,7 @@ import io
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pillow_heif
@@ -80,7 +81,7 @@ def photographs() -> dict[str, bytes]:
     alpha = small.convert("RGBA")
     alpha.putalpha(128)
     deep = Image.fromarray(np.arange(24 * 16, dtype=np.uint16).reshape(16, 24) * 99)
-    kinds = [
+    kinds: list[tuple[str, Image.Image, dict[str, Any]]] = [
         ("JPEG", small, {**said, "icc_profile": bytes(200)}),
         ("JPEG", small.convert("CMYK"), {"progressive": True}),
         ("PNG", alpha, said),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_images import load, picture
+from test_images import BALANCED, load, picture
 
 from vggt_cli.errors import InputError
 from vggt_cli.formats import files, headers, images
@@ -127,7 +127,7 @@ def test_a_list_with_dots_in_its_paths_gives_names_without(
 @pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "**x/***", "/dev/null", "[", "~nobody/x"])
 def test_a_source_that_makes_no_sense_is_an_input_error(source: str) -> None:
     with pytest.raises(InputError):
-        images.load(*files.find(source), images.Shaping("balanced", 64, 16))
+        images.load(*files.find(source), BALANCED)
 
 
 def test_ten_thousand_files_are_found_in_order_in_a_second_or_two(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Videos in: keyframes are sharp and spaced by motion, upright, at most so many, named by frame."""
 
+import errno
 import gc
 import itertools
 import json
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from vggt_cli.errors import InputError
+from vggt_cli.errors import InputError, OutputError
 from vggt_cli.formats import export, files, scene_read, video
 from vggt_cli.reconstruction import pipeline
 from vggt_cli.reconstruction.pipeline import Options
+from vggt_cli.scene import Frame
 
 Positions = list[float]
 W, H = 320, 180
@@ -42,7 +44,7 @@ def film(path: Path, at: Positions, blurred: tuple[int, ...] = (), turn: int = 0
             view = wall.crop((round(x), 60, round(x) + W, 60 + H))
             if i in blurred:
                 view = view.filter(ImageFilter.GaussianBlur(3))
-            container.mux(stream.encode(av.VideoFrame.from_image(view)))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(view), "rgb24")))
         container.mux(stream.encode())
     return path
 
@@ -88,7 +90,7 @@ def test_the_rotation_in_the_header_is_applied(tmp_path: Path, turn: int) -> Non
 
 def extracted(
     root: Path, paths: list[Path], most: int
-) -> tuple[Path, dict[Path, video.Frame], list[tuple[str, str]]]:
+) -> tuple[Path, dict[Path, Frame], list[tuple[str, str]]]:
     return video.as_photos(root, paths, None, most, lambda done, total: None)
 
 
@@ -162,6 +164,23 @@ def test_a_scene_of_a_video_says_where_its_frames_are_from(tmp_path: Path) -> No
     assert again.camera_of_image == (0, 0, 0)
 
 
+def test_frames_that_find_no_room_are_an_error_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = film(tmp_path / "a.mp4", [8.0 * i for i in range(20)])
+    (tmp_path / "frames").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "frames"))
+
+    def full(*_: object, **how: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OutputError, match=r"cannot write frames: .*No space left"):
+        extracted(tmp_path, [path], 10)
+    gc.collect()
+    assert not list((tmp_path / "frames").iterdir())
+
+
 def test_options_of_videos_are_an_error_for_photos(tmp_path: Path) -> None:
     texture().save(tmp_path / "a.png")
     with pytest.raises(InputError, match="--fps and --frames are of videos"):
@@ -176,7 +195,7 @@ def test_without_pyav_the_error_says_what_to_install(
     with pytest.raises(InputError, match=r"PyAV, which is not here: .*a\.mp4") as caught:
         next(video.keyframes(tmp_path / "a.mp4", None))
     assert caught.value.hint == "pip install 'vggt-cli[video]'"
-    with pytest.raises(InputError, match="PyAV"):
+    with pytest.raises(InputError, match="PyAV, which is not here"):
         pipeline.reconstruct(str(tmp_path), Options(model="mini", device="cpu"))
 
 

@@ -32,15 +32,6 @@ app = typer.Typer(
     "5 out of memory, 70 internal error, 130 interrupted.",
 )
 app.add_typer(weights_app, name="weights")
-app.command()(cli_learning.train)
-app.command()(cli_learning.evaluate)
-app.command()(cli_check.check)
-app.command()(cli_batch.batch)
-app.command()(cli_scenes.refine)
-app.command()(cli_scenes.export)
-app.command()(cli_scenes.compare)
-app.command()(cli_scenes.view)
-app.command()(cli_doctor.doctor)
 
 
 class Camera(enum.StrEnum):
@@ -147,12 +138,15 @@ def reconstruct(
     masks: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of masks, white where photos count: NAME.png, STEM.png or NAME.mask.png."
+            help="Folder of masks, white where photos count: NAME.png, STEM.png or NAME.mask.png. "
+            "They go out with the scene."
         ),
     ] = None,
     fps: Annotated[
         float | None,
-        typer.Option(min=0.001, help="Keyframes a second of a video; default: by motion."),
+        typer.Option(
+            min=0.001, help="Keyframes a second of a video, sharp ones; default: by motion."
+        ),
     ] = None,
     frames: Annotated[
         int | None, typer.Option(min=1, help="Most keyframes of all videos; default: 200.")
@@ -176,7 +170,7 @@ def reconstruct(
         ),
     ] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at a photo that cannot be read.")
+        bool, typer.Option("--strict", help="Stop at a photo or video that cannot be read.")
     ] = False,
     require_commercial: Annotated[
         bool, typer.Option("--require-commercial", help="Refuse weights without commercial use.")
@@ -194,7 +188,7 @@ def reconstruct(
         int, typer.Option("--verbose", "-v", count=True, help="More words; -vv: tracebacks.")
     ] = 0,
 ) -> None:
-    """Cameras, depth and points from photos, as a COLMAP scene.
+    """Cameras, depth and points from photos or videos, as a COLMAP scene.
 
     Writes OUT/sparse/0 (world-to-camera, OpenCV axes, pixels of OUT/images), OUT/points.ply,
     OUT/depth, OUT/confidence, OUT/report.json and OUT/scene.html (vggt view shows it); prints OUT.
@@ -252,6 +246,17 @@ def reconstruct(
         typer.echo(json.dumps({"scene": str(out.absolute()), **content}))
     else:
         typer.echo(out)
+
+
+app.command()(cli_batch.batch)
+app.command()(cli_scenes.refine)
+app.command()(cli_scenes.export)
+app.command()(cli_check.check)
+app.command()(cli_scenes.view)
+app.command()(cli_scenes.compare)
+app.command()(cli_doctor.doctor)
+app.command()(cli_learning.train)
+app.command()(cli_learning.evaluate)
 
 
 def _print_plan(plan: dict[str, Any], as_json: bool) -> None:

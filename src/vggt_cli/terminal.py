@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def speak(quiet: bool, verbose: int) -> None:
     logger = logging.getLogger("vggt_cli")
     logger.handlers = [handler]
     logger.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO)
+    # Pillow's words on damaged EXIF name no photo, and the photo is read all the same.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     if verbose > 1:
         Verbosity.traceback = True
 

@@ -67,6 +67,7 @@ def as_photos(
     progress: called with the seconds done and all.
     Raises InputError without PyAV, or if no video can be read; OutputError where the disk is full.
     """
+    _av(videos[0])
     folder = _Folder()
     frames: dict[Path, Frame] = {}
     unread: list[tuple[str, str]] = []
