@@ -58,7 +58,7 @@ def test_the_scene_is_printed_and_nothing_else(done: tuple[Path, str, str]) -> N
     stages = [line for line in stderr.splitlines() if not line.startswith("cameras ")]
     assert stages == [
         "load images", "load weights", "predict", "find tracks", "find features", "match features",
-        "refine", "fuse", "write",
+        "refine", "fuse", "diagnose", "write",
     ]  # fmt: skip
     assert {path.name for path in out.iterdir()} == {
         "images", "sparse", "points.ply", "confidence", "depth", "report.json", "scene.html",
@@ -92,7 +92,7 @@ def test_the_report_names_the_weights_and_the_stages(done: tuple[Path, str, str]
     manifest = json.loads((Path(__file__).parents[1] / "weights/MANIFEST.json").read_text())
     assert report["model"]["model"] == "mini"
     assert report["model"]["sha256"] == manifest["mini"]["sha256"]
-    stages = ["load images", "load weights", "predict", "find tracks", "refine", "fuse"]
+    stages = ["load images", "load weights", "predict", "find tracks", "refine", "fuse", "diagnose"]
     assert list(report["seconds"]) == stages
     assert report["options"]["points"] == 5000
 

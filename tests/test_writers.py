@@ -100,10 +100,18 @@ def test_a_failure_of_one_format_leaves_the_scene_as_it_was(
         add(folder, ["depth", "glb"])
     assert "free some space" in caught.value.hint
     assert contents(folder) == before
+
+    def closed(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setitem(writers.WRITERS, "glb", closed)
+    with pytest.raises(OutputError, match="Permission denied") as caught:
+        add(folder, ["depth", "glb"])
+    assert "writable" in caught.value.hint
     assert not list(folder.glob(".*"))
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", [0, 1, 4, 9])
 def test_a_failure_between_renames_brings_all_of_the_old_back(
     folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -137,6 +145,16 @@ def test_a_mesh_without_open3d_says_what_to_install(
         assert "libegl1" in caught.value.hint
     writers.require(["glb", "depth"])
     assert contents(folder) == before
+
+
+def test_reconstruct_refuses_a_mesh_without_open3d_before_the_work(
+    examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "open3d", None)
+    arguments = ["reconstruct", str(examples / "motorcycle"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*arguments, "--dry-run", "--format", "mesh"])
+    assert isinstance(result.exception, OutputError)
+    assert "a mesh needs open3d" in str(result.exception)
 
 
 def test_the_command_says_what_it_wrote(folder: Path) -> None:

@@ -69,7 +69,7 @@ def views(scene: Scene, model: Model) -> Iterator[View]:
         intrinsics[:2, 2] -= torch.tensor([columns.start, rows.start]).to(intrinsics)
         yield View(
             Path(name).stem,
-            prediction.depth[i, rows, columns].where(there, 0.0),
+            prediction.depth[i, rows, columns].float().where(there, 0.0),
             there & (prediction.confidence[i, rows, columns] >= least),
             intrinsics,
             prediction.cameras.extrinsics[i],

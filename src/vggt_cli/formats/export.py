@@ -117,7 +117,7 @@ def write(
 def _becoming(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` that replaces it if the block ends well."""
     parent = folder.absolute().parent
-    with writers.said(folder):
+    with writers.said(folder, "choose another --out"):
         parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent))
         try:

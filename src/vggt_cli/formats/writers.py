@@ -85,7 +85,7 @@ def add(
         raise OutputError(
             f"exists: {folder}: {', '.join(there)}", hint="use --overwrite to replace it"
         )
-    with said(folder):
+    with said(folder, "make the scene's folder writable"):
         draft = Path(tempfile.mkdtemp(prefix=DRAFT, dir=folder))
         try:
             (draft / "new").mkdir()
@@ -113,11 +113,12 @@ def _exchange(draft: Path, folder: Path, places: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def said(folder: Path) -> Iterator[None]:
-    """An error of the disk becomes an OutputError that says what to do."""
+def said(folder: Path, hint: str) -> Iterator[None]:
+    """An error of the disk becomes an OutputError with the hint, or that of a full disk."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "free some space; nothing was left behind" if full else "choose another --out"
-        raise OutputError(f"cannot write: {folder} ({error.strerror or error})", hint) from error
+        what = f"cannot write: {folder} ({error.strerror or error})"
+        mend = "free some space; nothing was left behind" if full else hint
+        raise OutputError(what, mend) from error
