@@ -162,6 +162,12 @@ class Prediction:
     def __len__(self) -> int:
         return len(self.depth)
 
+    def __getitem__(self, frames: slice | list[int]) -> Prediction:
+        tokens = None if self.tokens is None else self.tokens[frames]
+        return Prediction(
+            self.cameras[frames], self.depth[frames], self.confidence[frames], tokens, self.text
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Tracks:

@@ -1,0 +1,82 @@
+"""Frames of far windows that see the same place: found by looks, confirmed by the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vggt_cli.formats.colmap import Array
+from vggt_cli.reconstruction.pairs import covisible
+from vggt_cli.scene import ImageSet, Prediction
+
+GRID = 16  # cells along each side of the thumbnail that stands in where there are no tokens
+LOOKED_AT = 2500  # frames at most, evenly spread: neighbours see the same place anyway
+NEAR = 2  # links: windows within it are joined well enough
+SHARED = 0.2  # of a frame's pixels that a frame of the other side must see
+
+
+def descriptors(chunks: Iterable[tuple[ImageSet, Tensor | None]]) -> Tensor:
+    """[S, D] float32 unit vectors whose products say how alike the frames of all chunks look.
+
+    A chunk: images, and their tokens [S, 1+R, 2D] of the network: of these the registers count, as
+    the camera token says where a frame stands and not what it shows. Without tokens a thumbnail of
+    grey values, which sees the same place only from nearly the same spot.
+    """
+    found = []
+    for images, tokens in chunks:
+        if tokens is not None:
+            found.append(tokens[:, 1:].float().mean(1))
+            continue
+        gray = images.pixels.float().mean(1, keepdim=True)
+        small = F.interpolate(gray, (GRID, GRID), mode="area").flatten(1)
+        small = small - small.mean(1, keepdim=True)  # another exposure, the same place
+        found.append(F.normalize(small, dim=-1))
+    vectors = torch.cat(found)
+    return F.normalize(vectors - vectors.mean(0), dim=-1)
+
+
+def candidates(vectors: Tensor, owner: Tensor, hops: Array, limit: int) -> list[tuple[int, int]]:
+    """Pairs of frames, at most `limit`, best first, that look as alike as frames of one window do.
+
+    vectors: [S, D] of `descriptors`; owner: [S] window of each frame; hops: see `graph.hops`.
+    Of pairs between the same windows or their neighbours only the best is taken.
+    """
+    apart = torch.from_numpy(hops)
+    some = torch.arange(0, len(vectors), -(-len(vectors) // LOOKED_AT))
+    alike = vectors[some] @ vectors[some].T
+    window = owner[some]
+    far = apart[window[:, None], window] > NEAR
+    threshold = usual_within(vectors, owner)
+    score = alike.where(far & (alike >= threshold), -torch.inf).triu(1)
+    score = score.where(score != 0, -torch.inf)
+    taken: list[tuple[int, int]] = []
+    while len(taken) < limit and (best := int(score.argmax())) >= 0:
+        i, j = divmod(best, len(some))
+        if score[i, j] == -torch.inf:
+            break
+        taken.append((int(some[i]), int(some[j])))
+        near_i, near_j = (apart[window[k]][window] <= 1 for k in (i, j))
+        score[near_i[:, None] & near_j] = -torch.inf
+        score[near_j[:, None] & near_i] = -torch.inf
+    return taken
+
+
+def usual_within(vectors: Tensor, owner: Tensor) -> float:
+    """The median product of two frames that are half of one window's own frames apart."""
+    found = []
+    for number in owner.unique().tolist():
+        own = vectors[owner == number]
+        half = len(own) // 2
+        if half:
+            found.append((own[:-half] * own[half:]).sum(-1))
+    return float(torch.cat(found).median()) if found else 1.0
+
+
+def sees_both(prediction: Prediction, valid: Tensor, first: int) -> bool:
+    """Whether some frame among the `first` ones and some other see the same points."""
+    share = covisible(prediction, valid)
+    across = torch.minimum(share[:first, first:], share[first:, :first].T)
+    return bool(across.max() >= SHARED)
