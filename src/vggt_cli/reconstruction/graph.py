@@ -18,6 +18,8 @@ from vggt_cli.reconstruction.join import Joint
 from vggt_cli.scene import Similarity
 
 FINEST = 1e-3  # of the depth: joints are not believed beyond that
+ROUNDS = 5  # of weighting the links anew
+CONTRADICTED = 3.0  # sigmas, or usual residuals, at which a link has a quarter of its weight
 UNKNOWNS = 7  # of a window: log scale, turn, shift
 
 
@@ -75,29 +77,38 @@ def solve(start: Sequence[Similarity], links: Sequence[Link]) -> list[Similarity
     """World from window where all links are kept best; window 0 stays.
 
     A link is kept at its anchors: their distance in the first window, of the depth there, over the
-    joint's own residual. Least squares close the loops; from there on Cauchy's loss lets go of a
-    loop that the others contradict. (From an open loop it would let go of the true ones.)
+    joint's own residual. Least squares close all loops; then those that the others contradict
+    lose their weight, Geman and McClure's. (The other way round true loops would lose it, as
+    drift leaves them wide open.)
     """
-    if len(links) < len(start) or len(start) < 2:
+    if len(links) < len(start):
         return list(start)  # a tree: nothing disagrees
     graph = _Graph(start, links)
-    x = np.zeros(UNKNOWNS * (len(start) - 1))
-    for loss in ("linear", "cauchy"):
-        x = least_squares(
-            graph.residuals,
-            x,
-            jac_sparsity=graph.sparsity(),
-            loss=loss,
-            tr_solver="lsmr",
-            tr_options={"maxiter": 20 * len(x), "atol": 1e-10, "btol": 1e-10, "conlim": 1e12},
-            x_scale=1.0,
-            max_nfev=50,
-        ).x
+    x, weight = np.zeros(UNKNOWNS * (len(start) - 1)), np.ones(len(links))
+    for _ in range(ROUNDS):
+        x = _least_squares(graph, x, weight)
+        off = np.sqrt(np.square(graph.residuals(x, np.ones(len(links)))).mean(1))
+        weight = (1 + np.square(off / (CONTRADICTED * max(1, np.median(off))))) ** -2
     scale, rotation, shift = graph.poses(x)
     return [
         Similarity(float(s), torch.from_numpy(R), torch.from_numpy(t))
         for s, R, t in zip(scale, rotation, shift, strict=True)
     ]
+
+
+def _least_squares(graph: _Graph, x: Array, weight: Array) -> Array:
+    # A chain of hundreds is badly conditioned: the steps' linear systems are solved to the end.
+    exactly = {"maxiter": 20 * len(x), "atol": 1e-10, "btol": 1e-10, "conlim": 1e12}
+    found: Array = least_squares(
+        lambda x: graph.residuals(x, weight).ravel(),
+        x,
+        jac_sparsity=graph.sparsity(),
+        tr_solver="lsmr",
+        tr_options=exactly,
+        ftol=1e-6,
+        max_nfev=10,  # a false loop takes dozens before it loses its weight
+    ).x
+    return found
 
 
 class _Graph:
@@ -129,13 +140,14 @@ class _Graph:
         shift[1:] += self.step * change[:, 4:]
         return scale, rotation, shift
 
-    def residuals(self, x: Array) -> Array:  # [E A 3]
+    def residuals(self, x: Array, weight: Array) -> Array:
+        """[E, 3 A] distances at the anchors in sigmas, times the root of the weights [E]."""
         scale, rotation, shift = self.poses(x)
         a, b = self.first, self.second
         world = scale[b, None, None] * self.anchors @ rotation[b].swapaxes(1, 2) + shift[b, None]
         inside = (world - shift[a, None]) @ rotation[a] / scale[a, None, None]
-        flat: Array = ((inside - self.wanted) / self.unit).ravel()
-        return flat
+        off: Array = (inside - self.wanted) / self.unit * np.sqrt(weight)[:, None, None]
+        return off.reshape(len(off), -1)
 
     def sparsity(self) -> Array:
         """[E A 3, 7 (W - 1)] sparse: which unknowns each residual depends on."""

@@ -45,22 +45,22 @@ def candidates(vectors: Tensor, owner: Tensor, hops: Array, limit: int) -> list[
     Of pairs between the same windows or their neighbours only the best is taken.
     """
     apart = torch.from_numpy(hops)
+    W = len(apart)
     some = torch.arange(0, len(vectors), -(-len(vectors) // LOOKED_AT))
-    alike = vectors[some] @ vectors[some].T
-    window = owner[some]
-    far = apart[window[:, None], window] > NEAR
-    threshold = usual_within(vectors, owner)
-    score = alike.where(far & (alike >= threshold), -torch.inf).triu(1)
-    score = score.where(score != 0, -torch.inf)
+    alike, window = vectors[some] @ vectors[some].T, owner[some]
+    pair = window[:, None] * W + window
+    best = torch.full((W * W,), -torch.inf)
+    best = best.scatter_reduce(0, pair.flatten(), alike.flatten(), "amax").view(W, W)
+    best[(apart <= NEAR) | (best < usual_within(vectors, owner))] = -torch.inf
+    best = best.triu()
     taken: list[tuple[int, int]] = []
-    while len(taken) < limit and (best := int(score.argmax())) >= 0:
-        i, j = divmod(best, len(some))
-        if score[i, j] == -torch.inf:
-            break
-        taken.append((int(some[i]), int(some[j])))
-        near_i, near_j = (apart[window[k]][window] <= 1 for k in (i, j))
-        score[near_i[:, None] & near_j] = -torch.inf
-        score[near_j[:, None] & near_i] = -torch.inf
+    while len(taken) < limit and best.max() > 0:
+        a, b = divmod(int(best.argmax()), W)
+        i, j = ((window == n).nonzero()[:, 0] for n in (a, b))
+        row, column = divmod(int(alike[i][:, j].argmax()), len(j))
+        taken.append((int(some[i[row]]), int(some[j[column]])))
+        best[(apart[a] <= 1)[:, None] & (apart[b] <= 1)] = -torch.inf
+        best[(apart[b] <= 1)[:, None] & (apart[a] <= 1)] = -torch.inf
     return taken
 
 
