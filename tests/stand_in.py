@@ -9,7 +9,7 @@ from disturb import generator
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggt_cli.geometry import compose, from_first_camera, invert, pixel_centers
+from vggt_cli.geometry import compose, from_first_camera, invert, pixel_centers, unproject
 from vggt_cli.scene import Cameras, ImageSet, Prediction
 
 ROOM = torch.tensor([12.0, 3.0, 9.0])  # half its sides, metres
@@ -50,13 +50,19 @@ class StandIn:
         return Cameras(extrinsics, k.expand(self.count, 3, 3), size)
 
     def images(self, frames: list[int]) -> ImageSet:
-        """Frames that show nothing but their names."""
+        """Frames that show nothing but their names; without tokens patterned walls."""
         n, (H, W) = len(frames), self.size
         names = tuple(str(frame) for frame in frames)
         identity = torch.eye(3).double().expand(n, 3, 3)
         valid = torch.ones(n, H, W, dtype=torch.bool)
         source_size = torch.tensor([self.size]).expand(n, 2)
-        return ImageSet(names, torch.zeros(n, 3, H, W), valid, identity, source_size)
+        pixels = torch.zeros(n, 3, H, W)
+        if not self.tokens:
+            here = self.cameras[frames]
+            walls = unproject(self.depth(here), here.intrinsics, here.extrinsics)
+            shades = (0.7 * walls @ FREQUENCIES[:3, :3].double()).sin()
+            pixels = ((127.5 + 127.5 * shades).round() / 255).movedim(-1, 1).float()
+        return ImageSet(names, pixels, valid, identity, source_size)
 
     def depth(self, cameras: Cameras) -> Tensor:
         """[S, H, W] z-depth of the walls."""
