@@ -60,7 +60,7 @@ class StandIn:
         if not self.tokens:
             here = self.cameras[frames]
             walls = unproject(self.depth(here), here.intrinsics, here.extrinsics)
-            shades = (0.7 * walls @ FREQUENCIES[:3, :3].double()).sin()
+            shades = (0.2 * walls @ FREQUENCIES[:3, :3].double()).sin()
             pixels = ((127.5 + 127.5 * shades).round() / 255).movedim(-1, 1).float()
         return ImageSet(names, pixels, valid, identity, source_size)
 

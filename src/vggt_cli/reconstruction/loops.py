@@ -12,7 +12,7 @@ from vggt_cli.formats.colmap import Array
 from vggt_cli.reconstruction.pairs import covisible
 from vggt_cli.scene import ImageSet, Prediction
 
-GRID = 16  # cells along each side of the thumbnail that stands in where there are no tokens
+GRID = 8  # cells along each side of a thumbnail
 LOOKED_AT = 2500  # frames at most, evenly spread: neighbours see the same place anyway
 NEAR = 2  # links: windows within it are joined well enough
 SHARED = 0.2  # of a frame's pixels that a frame of the other side must see
@@ -21,21 +21,19 @@ SHARED = 0.2  # of a frame's pixels that a frame of the other side must see
 def descriptors(chunks: Iterable[tuple[ImageSet, Tensor | None]]) -> Tensor:
     """[S, D] float32 unit vectors whose products say how alike the frames of all chunks look.
 
-    A chunk: images, and their tokens [S, 1+R, 2D] of the network: of these the registers count, as
-    the camera token says where a frame stands and not what it shows. Without tokens a thumbnail of
-    grey values, which sees the same place only from nearly the same spot.
+    A chunk: images, and their tokens [S, 1+R, 2D] of the network if it gives any. Of these the
+    registers count, as the camera token says where a frame stands and not what it shows; beside
+    them, and alone where there are none, a thumbnail in colour. Measured: docs/windows.md.
     """
-    found = []
+    thumbnails, registers = [], []
     for images, tokens in chunks:
+        small = F.interpolate(images.pixels.float(), (GRID, GRID), mode="area")
+        thumbnails.append(small.flatten(1))
         if tokens is not None:
-            found.append(tokens[:, 1:].float().mean(1))
-            continue
-        gray = images.pixels.float().mean(1, keepdim=True)
-        small = F.interpolate(gray, (GRID, GRID), mode="area").flatten(1)
-        small = small - small.mean(1, keepdim=True)  # another exposure, the same place
-        found.append(F.normalize(small, dim=-1))
-    vectors = torch.cat(found)
-    return F.normalize(vectors - vectors.mean(0), dim=-1)
+            registers.append(tokens[:, 1:].float().mean(1))
+    parts = [torch.cat(part) for part in (thumbnails, registers) if part]
+    apart = [F.normalize(part - part.mean(0), dim=-1) for part in parts]
+    return F.normalize(torch.cat(apart, 1), dim=-1)
 
 
 def candidates(vectors: Tensor, owner: Tensor, hops: Array, limit: int) -> list[tuple[int, int]]:
