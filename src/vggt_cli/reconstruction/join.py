@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from vggt_cli.errors import GeometryError
-from vggt_cli.geometry import fit_similarity, invert
+from vggt_cli.geometry import fit_similarity, invert, move
 from vggt_cli.reconstruction.align import fit_cameras
 from vggt_cli.reconstruction.fuse import depth_edges
 from vggt_cli.scene import Prediction, Similarity
 
 POINTS = 6000  # compared, of the pixels of all shared frames: errors are those of the depth maps
 SURE = 0.5  # quantile of confidence, in both windows, above which a pixel is compared
+FEW = 50  # sure pixels: with less of them all usable ones are compared
 ROUNDS = 8  # of weighting anew
 AGREES = 0.05  # of the depth: points of the two windows within it count as the same
 
@@ -37,8 +38,11 @@ class Joint:
 def join(first: Prediction, second: Prediction, valid: Tensor) -> Joint:
     """How the world of `first` follows from that of `second`; both hold the same frames.
 
-    valid: [S, H, W] bool, the pixels that show something. Where too few of them are usable the
-    cameras alone decide, and the residual is 1.
+    valid: [S, H, W] bool, the pixels that show something.
+    The scale is the median ratio of the two depths of a pixel. Turn and shift are what the shared
+    cameras say, or what a similarity of points says, whichever scatters less: a small network's
+    cameras are better than its depth. Measured: docs/windows.md. Where too few pixels are usable
+    the cameras alone decide, and the residual is 1.
     """
     assert first.depth.shape == second.depth.shape == valid.shape, valid.shape
     frame, row, column = _compared(first, second, valid)
@@ -47,12 +51,16 @@ def join(first: Prediction, second: Prediction, valid: Tensor) -> Joint:
     ratio = float((depth / there).median()) if len(frame) else 1.0
     similarity = _by_cameras(first, second, ratio)
     try:
-        similarity, residuals = fit_robustly(y, x, depth, similarity)
+        by_points = fit_robustly(y, x, depth, similarity)
     except GeometryError:
         centers = second.cameras.centers.double()
         return Joint(similarity, _anchors(centers), 1.0, 1.0, 0.0, len(valid))
-    agree = float((residuals <= AGREES).double().mean())
     usual = float(depth.median())
+    residuals = (by_points(y) - x).norm(dim=-1) / depth
+    if _scatter(first, second, similarity, usual) > residuals.median():
+        similarity = by_points
+    residuals = (similarity(y) - x).norm(dim=-1) / depth
+    agree = float((residuals <= AGREES).double().mean())
     return Joint(similarity, _anchors(y), usual, float(residuals.median()), agree, len(valid))
 
 
@@ -68,10 +76,8 @@ def through(first: Joint, second: Joint) -> Joint:
     )
 
 
-def fit_robustly(
-    source: Tensor, target: Tensor, depth: Tensor, start: Similarity
-) -> tuple[Similarity, Tensor]:
-    """The similarity from `source` to `target` [N, 3], and each point's distance from it [N].
+def fit_robustly(source: Tensor, target: Tensor, depth: Tensor, start: Similarity) -> Similarity:
+    """The similarity from `source` to `target` [N, 3].
 
     depth: [N] of the target's points; distances are in units of it, as errors of depth maps grow
     with depth. Weights are Geman and McClure's about three times the median distance, from
@@ -86,7 +92,7 @@ def fit_robustly(
         width = 3 * distance.median().clamp(min=1e-6)
         weight = (1 + (distance / width).square()).pow(-2)
         similarity = fit_similarity(source, target, weight / depth.square())
-    return similarity, (similarity(source) - target).norm(dim=-1) / depth
+    return similarity
 
 
 def _compared(first: Prediction, second: Prediction, valid: Tensor) -> tuple[Tensor, ...]:
@@ -100,8 +106,8 @@ def _compared(first: Prediction, second: Prediction, valid: Tensor) -> tuple[Ten
     for p in (first, second):
         of_usable = p.confidence[usable]
         threshold = of_usable.kthvalue(max(1, int(SURE * len(of_usable)))).values
-        sure &= (p.confidence >= threshold) & ~depth_edges(p.depth, usable)
-    chosen = (sure if sure.sum() >= min(POINTS, usable.sum() // 10) else usable).nonzero()
+        sure &= (p.confidence >= threshold) & ~depth_edges(p.depth.where(usable, 0), usable)
+    chosen = (sure if sure.sum() >= FEW else usable).nonzero()
     return tuple(chosen[:: max(1, len(chosen) // POINTS)].unbind(1))
 
 
@@ -122,6 +128,13 @@ def _by_cameras(first: Prediction, second: Prediction, ratio: float) -> Similari
     rotation = fit_cameras(source, target).rotation
     centers = first.cameras.centers.double() - ratio * second.cameras.centers.double() @ rotation.T
     return Similarity(ratio, rotation, centers.quantile(0.5, dim=0))
+
+
+def _scatter(first: Prediction, second: Prediction, similarity: Similarity, depth: float) -> float:
+    """Median distance, of the depth, between the points that shared cameras have before them."""
+    a, b = first.cameras, move(second.cameras, similarity)
+    there = [(c.centers + depth * c.extrinsics[:, 2, :3]).double() for c in (a, b)]
+    return float((there[0] - there[1]).norm(dim=-1).median() / depth)
 
 
 def _anchors(points: Tensor) -> Tensor:
