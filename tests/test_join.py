@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from disturb import generator
-from stand_in import FLAWLESS, StandIn
+from stand_in import flawless
 from torch.testing import assert_close
 
 from vggt_cli.errors import GeometryError
@@ -26,8 +26,8 @@ def turn(degrees: float) -> torch.Tensor:
 THERE = Similarity(1.7, turn(40), torch.tensor([3.0, -1.0, 0.5]).double())
 
 
-def window(**changes: float) -> tuple[Prediction, torch.Tensor]:
-    network = dataclasses.replace(StandIn(8, lap=100), **{**FLAWLESS, **changes})
+def window() -> tuple[Prediction, torch.Tensor]:
+    network = flawless(8, lap=100)
     images = network.images(list(range(8)))
     return network(images), images.valid
 

@@ -5,17 +5,22 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from disturb import generator
-from stand_in import FLAWLESS, StandIn
+from stand_in import StandIn, flawless
 from torch import Tensor
 from torch.testing import assert_close
 
 from vggt_cli.geometry import align_cameras, move
+from vggt_cli.learning import synthetic
+from vggt_cli.models import weights
 from vggt_cli.reconstruction import loops
+from vggt_cli.reconstruction.predict import predict
 from vggt_cli.reconstruction.shelf import Shelf
 from vggt_cli.reconstruction.windows import (
     Joined,
@@ -25,13 +30,9 @@ from vggt_cli.reconstruction.windows import (
     predict_windows,
     stream,
 )
-from vggt_cli.scene import Cameras
+from vggt_cli.scene import Cameras, ImageSet, Prediction
 
 TESTS = Path(__file__).parent
-
-
-def flawless(count: int, **changes: object) -> StandIn:
-    return dataclasses.replace(StandIn(count), **{**FLAWLESS, **changes})
 
 
 def trajectory_error(network: StandIn, cameras: Cameras) -> float:
@@ -117,13 +118,13 @@ def test_a_stream_gives_each_chunk_as_it_comes_in_the_world_of_the_first() -> No
     network = flawless(24, lap=100)
     asked: list[int] = []
 
-    def chunks() -> object:
+    def chunks() -> Iterator[ImageSet]:
         for start in range(0, 24, 6):
             asked.append(start)
             yield network.images(list(range(start, start + 6)))
 
     parts = []
-    for k, part in enumerate(stream(network, chunks(), overlap=4)):  # type: ignore[arg-type]
+    for k, part in enumerate(stream(network, chunks(), overlap=4)):
         assert asked == [6 * n for n in range(k + 1)]  # no chunk before it is needed
         assert len(part) == 6
         parts.append(part.cameras.extrinsics)
@@ -167,10 +168,15 @@ def test_frames_that_only_look_alike_close_no_loop(
             turned.extrinsics[..., 3] = 0
             return super()._tokens(turned, noise)
 
-    network = Twins(140, lap=280, **FLAWLESS)
-    asked = []
+    network = Twins(140, lap=280, turn=0, stretch=0, rough=0, wrong=0)
+    asked: list[bool] = []
     sees_both = loops.sees_both
-    monkeypatch.setattr(loops, "sees_both", lambda *x: asked.append(sees_both(*x)) or asked[-1])
+
+    def listen(prediction: Prediction, valid: Tensor, first: int) -> bool:
+        asked.append(sees_both(prediction, valid, first))
+        return asked[-1]
+
+    monkeypatch.setattr(loops, "sees_both", listen)
     result = joined(network, tmp_path, 20)
     assert asked  # they do look alike
     assert not any(asked)
@@ -187,6 +193,34 @@ def test_a_thousand_frames_on_four_laps(tmp_path: Path) -> None:
     assert len(gaps) >= 5
     assert error < 0.1
     assert max(after for _, after in gaps) < 0.02
+
+
+def test_windows_of_mini_come_near_the_whole(tmp_path: Path) -> None:
+    images = rendered(7, 12, (128, 160))
+    network, _ = weights.load("mini", torch.device("cpu"), torch.float32)
+    result = predict_windows(
+        partial(predict, network), images.__getitem__, in_order(12, 8, 4), tmp_path
+    )
+    whole = predict(network, images)
+    cameras = result.prediction.cameras
+    placed = move(cameras, align_cameras(cameras, whole.cameras))
+    apart = (placed.centers - whole.cameras.centers).norm(dim=-1) / whole.depth.median()
+    ratio = (result.prediction.depth.float() / whole.depth).log()
+    bent = (ratio - ratio.median()).abs().median()
+    print(f"centres {apart.mean():.4f} of the depth, {apart.max():.4f} at most; depth {bent:.4f}")
+    assert apart.max() < 0.05
+    assert bent < 0.1
+
+
+def rendered(seed: int, frames: int, size: tuple[int, int]) -> ImageSet:
+    random = torch.Generator().manual_seed(seed)
+    world = synthetic.world(random)
+    cameras = synthetic.cameras(random, world, synthetic.Path(frames, size, 0.7))
+    shown = synthetic.render(world, cameras)
+    identity = torch.eye(3, dtype=torch.float64).repeat(frames, 1, 1)
+    names = tuple(str(i) for i in range(frames))
+    sizes = torch.tensor([size]).repeat(frames, 1)
+    return ImageSet(names, shown.pixels.clamp(0, 1), shown.valid, identity, sizes)
 
 
 LONG = """

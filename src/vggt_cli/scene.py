@@ -67,9 +67,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, frames: slice) -> ImageSet:
+    def __getitem__(self, frames: slice | list[int]) -> ImageSet:
+        rows = range(len(self))[frames] if isinstance(frames, slice) else frames
         return ImageSet(
-            self.names[frames],
+            tuple(self.names[row] for row in rows),
             self.pixels[frames],
             self.valid[frames],
             self.source_from_network[frames],

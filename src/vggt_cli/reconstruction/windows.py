@@ -137,7 +137,7 @@ def predict_windows(
         links += _links(number, window, owner, shelf, images, prediction)
         new = [k for k, frame in enumerate(window) if owner[frame] < 0]
         owner[[window[k] for k in new]] = number
-        shelf.put([window[k] for k in new], _frames(images, new), prediction[new])
+        shelf.put([window[k] for k in new], images[new], prediction[new])
     assert shelf is not None
     assert (owner >= 0).all(), "a frame is in no window"
     found = _loops(predict, frames, shelf, owner, links) if len(windows) > 1 else []
@@ -236,16 +236,6 @@ def _drift(
         "joints": [joint(number) for number in range(len(links))],
         "loops": closed,
     }
-
-
-def _frames(images: ImageSet, chosen: list[int]) -> ImageSet:
-    return ImageSet(
-        tuple(images.names[k] for k in chosen),
-        images.pixels[chosen],
-        images.valid[chosen],
-        images.source_from_network[chosen],
-        images.source_size[chosen],
-    )
 
 
 def _then(first: ImageSet, second: ImageSet) -> ImageSet:
