@@ -70,8 +70,9 @@ class StandIn:
         rays = torch.cat([(xy - k[:2, 2]) / k[0, 0], torch.ones(len(xy), 1).double()], -1)
         direction = rays @ cameras.extrinsics[..., :3]  # R^T of each, on rows
         walls = direction.sign() * ROOM.double()
-        z: Tensor = ((walls - cameras.centers[:, None]) / direction).amin(-1)
-        return z.unflatten(1, self.size)
+        z = ((walls - cameras.centers[:, None]) / direction).amin(-1)
+        depth: Tensor = z.unflatten(1, self.size)
+        return depth
 
     def __call__(self, images: ImageSet) -> Prediction:
         """What a network would say of these frames, seen together: the world is the first's."""
