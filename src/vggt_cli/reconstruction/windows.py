@@ -19,7 +19,7 @@ from torch import Tensor
 from vggt_cli.geometry import move_prediction
 from vggt_cli.reconstruction import graph, loops
 from vggt_cli.reconstruction.graph import Link
-from vggt_cli.reconstruction.join import Joint, join, through
+from vggt_cli.reconstruction.join import join, through
 from vggt_cli.reconstruction.shelf import Shelf
 from vggt_cli.scene import ImageSet, Prediction, Similarity
 
@@ -79,28 +79,26 @@ def by_looks(vectors: Tensor, size: int, overlap: int) -> list[list[int]]:
     assert 0 < overlap < size, (overlap, size)
     alike = vectors @ vectors.T
     free = torch.ones(len(alike), dtype=torch.bool)
-    nearest = torch.full((len(alike),), -torch.inf)  # of each frame to any that is taken
-    windows: list[list[int]] = []
+    nearest = torch.zeros(len(alike))  # how like each frame is to the closest that is taken
     home = torch.zeros(len(alike), dtype=torch.long)  # last window of each taken frame
+    windows: list[list[int]] = []
     while free.any():
-        window: list[int] = []
-        seed = 0
+        window = [0]
         if windows:
             seed = int(nearest.where(free, -torch.inf).argmax())
-            like = int(alike[seed].where(~free, -torch.inf).argmax())
-            family = torch.tensor(windows[int(home[like])])
+            closest = int(alike[seed].where(~free, -torch.inf).argmax())
+            family = torch.tensor(windows[int(home[closest])])
             order = alike[seed, family].argsort(descending=True, stable=True)
-            window = family[order[:overlap]].tolist()
-        closeness = alike[window].amax(0) if window else torch.zeros(len(alike))
-        closeness[seed] = torch.inf
+            window = [*family[order[:overlap]].tolist(), seed]
+        free[window] = False
+        closeness = alike[window].amax(0)
         while len(window) < size and free.any():
             added = int(closeness.where(free, -torch.inf).argmax())
             window.append(added)
             free[added] = False
             closeness = torch.maximum(closeness, alike[added])
-            closeness[seed] = alike[added, seed]
         home[window] = len(windows)
-        nearest = torch.maximum(nearest, alike[window].amax(0))
+        nearest = torch.maximum(nearest, closeness) if windows else closeness
         windows.append(window)
     return windows
 
@@ -143,6 +141,7 @@ def predict_windows(
     found = _loops(predict, frames, shelf, owner, links) if len(windows) > 1 else []
     start = graph.chain(len(windows), links)
     poses = graph.solve(start, links + found)
+    log.info("%d windows, %d loops closed", len(windows), len(found))
     shelf.place(poses, owner)
     return Joined(*shelf.whole(), _drift(shelf.names, links, found, start, poses))
 
@@ -216,26 +215,22 @@ def _drift(
     Residuals and distances are shares of the depth.
     """
 
-    def joint(number: int) -> dict[str, Any]:
-        said: Joint = links[number].joint
-        return {
-            "windows": [links[number].first, links[number].second],
-            "frames": said.frames,
-            "residual": said.residual,
-            "agree": said.agree,
-        }
-
     closed = []
     for link in found:
         assert link.loop is not None
         before, after = (dataclasses.asdict(graph.gap(link, p)) for p in (start, poses))
         at = [names[frame] for frame in link.loop]
         closed.append({"images": at, "before": before, "after": after})
-    return {
-        "windows": len(poses),
-        "joints": [joint(number) for number in range(len(links))],
-        "loops": closed,
-    }
+    joints = [
+        {
+            "windows": [link.first, link.second],
+            "frames": link.joint.frames,
+            "residual": link.joint.residual,
+            "agree": link.joint.agree,
+        }
+        for link in links
+    ]
+    return {"windows": len(poses), "joints": joints, "loops": closed}
 
 
 def _then(first: ImageSet, second: ImageSet) -> ImageSet:
