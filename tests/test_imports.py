@@ -108,6 +108,11 @@ BESIDE = {
         "readings": {"judge"},
         "priors": {"align", "judge", "readings", "refine"},
         "scale": {"align"},
+        "shelf": set(),
+        "join": {"align", "fuse"},
+        "graph": {"join"},
+        "loops": {"pairs"},
+        "windows": {"graph", "join", "loops", "shelf"},
     },
     "learning": {
         "textures": set(),

@@ -89,9 +89,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, frames: slice) -> ImageSet:
+    def __getitem__(self, frames: slice | list[int]) -> ImageSet:
+        rows = range(len(self))[frames] if isinstance(frames, slice) else frames
         return ImageSet(
-            self.names[frames],
+            tuple(self.names[row] for row in rows),
             self.pixels[frames],
             self.valid[frames],
             self.source_from_network[frames],
@@ -183,6 +184,12 @@ class Prediction:
 
     def __len__(self) -> int:
         return len(self.depth)
+
+    def __getitem__(self, frames: slice | list[int]) -> Prediction:
+        tokens = None if self.tokens is None else self.tokens[frames]
+        return Prediction(
+            self.cameras[frames], self.depth[frames], self.confidence[frames], tokens, self.text
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ Works frame by frame, so that memory grows with the points that are kept and not
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 AGREEMENT = 0.02  # of the point's depth: within it a pixel's own depth joins the point
 SEEN_THROUGH = 0.10  # a pixel this much deeper than the point speaks against it
 DEPTH_EDGE = 0.03  # of the depth, within 3 x 3 pixels (spec vggt_omega section 8)
+AT_ONCE = 32  # frames
+SAMPLED = 20_000_000  # values of confidence for a percentile; of fewer all
+USUAL_OF = 200  # frames that tell how rough depth usually is; of fewer all
 CANDIDATES = 4  # pixels looked at for each point of the budget
 
 
@@ -56,9 +59,12 @@ def confident_pixels(prediction: Prediction, images: ImageSet, options: FuseOpti
 
     Raises GeometryError if there is none.
     """
-    usable = images.valid & prediction.depth.isfinite() & (prediction.depth > 0)
-    usable &= prediction.confidence.isfinite()
-    of_usable = prediction.confidence[usable]
+    usable = torch.empty(prediction.depth.shape, dtype=torch.bool)
+    for some in _chunks(prediction):
+        depth, confidence = prediction.depth[some], prediction.confidence[some]
+        usable[some] = images.valid[some] & depth.isfinite() & (depth > 0) & confidence.isfinite()
+    step = usable.numel() // SAMPLED | 1  # odd: no column is left out
+    of_usable = prediction.confidence.flatten()[::step][usable.flatten()[::step]]
     if len(of_usable) == 0:
         valid = int(images.valid.sum())
         finite = prediction.confidence[prediction.confidence.isfinite()]
@@ -69,7 +75,15 @@ def confident_pixels(prediction: Prediction, images: ImageSet, options: FuseOpti
         )
     rank = min(int(len(of_usable) * options.confidence / 100), len(of_usable) - 1)
     threshold = of_usable.kthvalue(rank + 1).values
-    return usable & (prediction.confidence >= threshold)
+    for some in _chunks(prediction):
+        usable[some] &= prediction.confidence[some] >= threshold
+    return usable
+
+
+def _chunks(frames: Sized) -> Iterator[slice]:
+    """AT_ONCE frames after the other: thousands may lie on disk."""
+    for start in range(0, len(frames), AT_ONCE):
+        yield slice(start, start + AT_ONCE)
 
 
 def depth_edges(depth: Tensor, valid: Tensor) -> Tensor:
@@ -79,10 +93,20 @@ def depth_edges(depth: Tensor, valid: Tensor) -> Tensor:
     than three times what is usual among the `valid` pixels: a rough depth map is no reason to
     drop all of it.
     """
+    some = slice(None, None, -(-len(depth) // USUAL_OF))
+    limit = max(DEPTH_EDGE, 3 * float(_varies(depth[some])[valid[some]].median()))
+    edges = torch.empty(depth.shape, dtype=torch.bool)
+    for some in _chunks(depth):
+        edges[some] = _varies(depth[some]) > limit
+    return edges
+
+
+def _varies(depth: Tensor) -> Tensor:
+    """[S, H, W] how much depth [S, H, W] differs within 3 x 3 pixels, of itself."""
+    depth = depth.float()
     padded = F.pad(depth[:, None], (1, 1, 1, 1), mode="replicate")
     largest, smallest = F.max_pool2d(padded, 3, 1), -F.max_pool2d(-padded, 3, 1)
-    varies = (largest - smallest)[:, 0] / depth
-    return varies > max(DEPTH_EDGE, 3 * float(varies[valid].median()))
+    return (largest - smallest)[:, 0] / depth
 
 
 def surface_normals(points: Tensor, center: Tensor) -> Tensor:
@@ -124,7 +148,7 @@ def _candidates(
     prediction: Prediction, images: ImageSet, confident: Tensor, options: FuseOptions
 ) -> _Seeds:
     """Seeds at trusted pixels of all frames, at most about CANDIDATES for each point allowed."""
-    trusted = confident & ~depth_edges(prediction.depth, confident)
+    trusted = depth_edges(prediction.depth, confident).logical_not_().logical_and_(confident)
     share = CANDIDATES * options.points / int(trusted.sum())
     random = torch.Generator().manual_seed(options.seed)
     parts = []
@@ -148,7 +172,7 @@ def _candidates(
 
 
 def _seeds_of_frame(prediction: Prediction, images: ImageSet, frame: int, pixel: Tensor) -> _Seeds:
-    cameras, depth = prediction.cameras, prediction.depth[frame]
+    cameras, depth = prediction.cameras, prediction.depth[frame].float()
     points = _points_of_frame(prediction, frame)
     normals = surface_normals(points, cameras.centers[frame])
     rgb = (images.pixels[frame].flatten(1).T[pixel] * 255).round().to(torch.uint8)
@@ -265,7 +289,7 @@ def _with_own_pixels(seen: _Sighting, seeds: _Seeds, frame: int) -> tuple[Tensor
 
 
 def _points_of_frame(prediction: Prediction, frame: int) -> Tensor:  # [H, W, 3]
-    cameras, depth = prediction.cameras, prediction.depth[frame]
+    cameras, depth = prediction.cameras, prediction.depth[frame].float()
     return unproject(depth, cameras.intrinsics[frame], cameras.extrinsics[frame])
 
 

@@ -1,0 +1,244 @@
+"""Long sequences: overlapping windows, each predicted alone, brought into one world.
+
+S frames, W windows. A window lists its frames; the first window that holds a frame owns it, and
+what later windows say of it joins them to that one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vggt_cli.geometry import move_prediction
+from vggt_cli.reconstruction import graph, loops
+from vggt_cli.reconstruction.graph import Link
+from vggt_cli.reconstruction.join import join, through
+from vggt_cli.reconstruction.shelf import Shelf
+from vggt_cli.scene import ImageSet, Prediction, Similarity
+
+log = logging.getLogger(__name__)
+
+Predict = Callable[[ImageSet], Prediction]  # of the frames of one window, in its own world
+Frames = Callable[[list[int]], ImageSet]  # decodes these frames, all sets at the same size
+LOOP_SIDE = 10  # frames of each side of a loop that the network sees together
+LOOPS = 0.5  # sought for each window, at most
+ROUGH = 3.0  # times the usual residual of joints: a loop that fits worse is refused
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """All frames in the world of frame 0, large arrays as maps of files; and how well it holds."""
+
+    images: ImageSet  # float16
+    prediction: Prediction  # float16
+    drift: dict[str, Any]  # see `_drift`
+
+
+def stream(predict: Predict, chunks: Iterable[ImageSet], overlap: int) -> Iterator[Prediction]:
+    """Predictions of the chunks' own frames, in the world of the first chunk.
+
+    Each chunk is seen together with the last `overlap` frames before it. Nothing but one window
+    is held, and no loop is closed: for that see `predict_windows`.
+    """
+    assert overlap > 0, overlap  # x[-0:] would be all of x
+    before: tuple[ImageSet, Prediction] | None = None  # the last `overlap` frames
+    for chunk in chunks:
+        window = chunk if before is None else _then(before[0], chunk)
+        prediction = predict(window)
+        shared = 0 if before is None else len(before[0])
+        if before is not None:
+            joint = join(before[1], prediction[:shared], before[0].valid)
+            log.debug("%s: residual %.4f", window.names[shared], joint.residual)
+            prediction = move_prediction(prediction, joint.similarity)
+        yield prediction[shared:]
+        before = window[-overlap:], prediction[-overlap:]
+
+
+def in_order(count: int, size: int, overlap: int) -> list[list[int]]:
+    """Windows of `size` frames along a sequence; the last is as long as the others."""
+    assert 0 < overlap < size, (overlap, size)
+    starts = range(0, max(1, count - overlap), size - overlap)
+    begins = [max(0, min(start, count - size)) for start in starts]
+    return [list(range(begin, min(begin + size, count))) for begin in begins]
+
+
+def by_looks(vectors: Tensor, size: int, overlap: int) -> list[list[int]]:
+    """Windows of at most `size` frames that look alike, whatever their order.
+
+    vectors: [S, D] of `loops.descriptors`. A window starts at the free frame most like one that
+    is taken, holds the `overlap` frames of that one's window that are most like it, and grows by
+    the frame most like any that it has, as Prim's tree does. Window 0 starts at frame 0.
+    """
+    assert 0 < overlap < size, (overlap, size)
+    alike = vectors @ vectors.T
+    free = torch.ones(len(alike), dtype=torch.bool)
+    nearest = torch.zeros(len(alike))  # how like each frame is to the closest that is taken
+    home = torch.zeros(len(alike), dtype=torch.long)  # last window of each taken frame
+    windows: list[list[int]] = []
+    while free.any():
+        window = [0]
+        if windows:
+            seed = int(nearest.where(free, -torch.inf).argmax())
+            closest = int(alike[seed].where(~free, -torch.inf).argmax())
+            family = torch.tensor(windows[int(home[closest])])
+            order = alike[seed, family].argsort(descending=True, stable=True)
+            window = [*family[order[:overlap]].tolist(), seed]
+        free[window] = False
+        closeness = alike[window].amax(0)
+        while len(window) < size and free.any():
+            added = int(closeness.where(free, -torch.inf).argmax())
+            window.append(added)
+            free[added] = False
+            closeness = torch.maximum(closeness, alike[added])
+        home[window] = len(windows)
+        nearest = torch.maximum(nearest, closeness) if windows else closeness
+        windows.append(window)
+    return windows
+
+
+def follows(vectors: Tensor) -> bool:
+    """Whether frames are a sequence: most look like the next one as like few others."""
+    if len(vectors) < 3:
+        return True
+    alike = vectors @ vectors.T
+    following = alike.diagonal(1)
+    rank = (alike[:-1] > following[:, None]).float().mean(1)
+    return bool(rank.median() <= 0.1)
+
+
+def predict_windows(
+    predict: Predict, frames: Frames, windows: Sequence[list[int]], folder: Path
+) -> Joined:
+    """All frames of `windows` in the world of frame 0; memory of one window.
+
+    Every window but the first holds frames of earlier ones. Loops are found by looks, confirmed
+    by predicting frames of both sides together, and closed by `graph.solve`.
+    folder: for the files that the result is a map of; about 12 bytes for each pixel of a frame.
+    Raises GeometryError if `predict` does.
+    """
+    assert windows[0][0] == 0, windows[0][:3]
+    owner = torch.full((1 + max(max(window) for window in windows),), -1)
+    shelf: Shelf | None = None
+    links: list[Link] = []
+    for number, window in enumerate(windows):
+        images = frames(window)
+        prediction = predict(images)
+        if shelf is None:
+            shelf = Shelf.create(folder, len(owner), images, prediction)
+        links += _links(number, window, owner, shelf, images, prediction)
+        new = [k for k, frame in enumerate(window) if owner[frame] < 0]
+        owner[[window[k] for k in new]] = number
+        shelf.put([window[k] for k in new], images[new], prediction[new])
+    assert shelf is not None
+    assert (owner >= 0).all(), "a frame is in no window"
+    found = _loops(predict, frames, shelf, owner, links) if len(windows) > 1 else []
+    start = graph.chain(len(windows), links)
+    poses = graph.solve(start, links + found)
+    log.info("%d windows, %d loops closed", len(windows), len(found))
+    shelf.place(poses, owner)
+    return Joined(*shelf.whole(), _drift(shelf.names, links, found, start, poses))
+
+
+def _links(
+    number: int,
+    window: list[int],
+    owner: Tensor,
+    shelf: Shelf,
+    images: ImageSet,
+    prediction: Prediction,
+) -> list[Link]:
+    """The window's joints to the earlier ones that own frames of it."""
+    of_frame = owner[window]
+    found = []
+    for other in of_frame[of_frame >= 0].unique().tolist():
+        shared = (of_frame == other).nonzero()[:, 0].tolist()
+        known = shelf.prediction([window[k] for k in shared])
+        joint = join(known, prediction[shared], images.valid[shared])
+        found.append(Link(other, number, joint))
+    return found
+
+
+def _loops(
+    predict: Predict, frames: Frames, shelf: Shelf, owner: Tensor, links: Sequence[Link]
+) -> list[Link]:
+    """Links between far windows that the network confirms."""
+    count = int(owner.max()) + 1
+    usual = float(torch.tensor([link.joint.residual for link in links]).median())
+    pairs = loops.candidates(
+        loops.descriptors(shelf.chunks()), owner, graph.hops(count, links), int(LOOPS * count) + 1
+    )
+    found = []
+    for i, j in pairs:
+        sides = [_around(frame, owner) for frame in (i, j)]
+        images = frames(sides[0] + sides[1])
+        prediction = predict(images)
+        first = len(sides[0])
+        halves = slice(0, first), slice(first, None)
+        if not loops.sees_both(prediction, images.valid, first):
+            continue
+        joints = [
+            join(shelf.prediction(side), prediction[half], images.valid[half])
+            for side, half in zip(sides, halves, strict=True)
+        ]
+        joint = through(*joints)
+        log.debug("loop %d %d: residual %.4f, usually %.4f", i, j, joint.residual, usual)
+        if joint.residual <= ROUGH * usual + graph.FINEST:
+            a, b = int(owner[i]), int(owner[j])
+            found.append(Link(a, b, joint, (i, j)))
+    return found
+
+
+def _around(frame: int, owner: Tensor) -> list[int]:
+    """Up to LOOP_SIDE frames of the window that owns `frame`, on both sides of it."""
+    own = (owner == owner[frame]).nonzero()[:, 0].tolist()
+    at = own.index(frame)
+    start = max(0, min(at - LOOP_SIDE // 2, len(own) - LOOP_SIDE))
+    return own[start : start + LOOP_SIDE]
+
+
+def _drift(
+    names: Sequence[str],
+    links: Sequence[Link],
+    found: Sequence[Link],
+    start: Sequence[Similarity],
+    poses: Sequence[Similarity],
+) -> dict[str, Any]:
+    """For report.json: how well windows fit, and how far loops were open before and after.
+
+    Residuals and distances are shares of the depth.
+    """
+
+    closed = []
+    for link in found:
+        assert link.loop is not None
+        before, after = (dataclasses.asdict(graph.gap(link, p)) for p in (start, poses))
+        at = [names[frame] for frame in link.loop]
+        closed.append({"images": at, "before": before, "after": after})
+    joints = [
+        {
+            "windows": [link.first, link.second],
+            "frames": link.joint.frames,
+            "residual": link.joint.residual,
+            "agree": link.joint.agree,
+        }
+        for link in links
+    ]
+    return {"windows": len(poses), "joints": joints, "loops": closed}
+
+
+def _then(first: ImageSet, second: ImageSet) -> ImageSet:
+    assert first.size == second.size, (first.size, second.size)
+    return ImageSet(
+        first.names + second.names,
+        torch.cat([first.pixels, second.pixels]),
+        torch.cat([first.valid, second.valid]),
+        torch.cat([first.source_from_network, second.source_from_network]),
+        torch.cat([first.source_size, second.source_size]),
+    )
