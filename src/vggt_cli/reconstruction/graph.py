@@ -162,4 +162,5 @@ class _Graph:
                     columns.append(np.tile(column, per_link))
         at = np.concatenate(rows), np.concatenate(columns)
         shape = len(self.first) * per_link, UNKNOWNS * (len(self.scale) - 1)
-        return coo_matrix((np.ones(len(at[0])), at), shape).tocsr()
+        found: Array = coo_matrix((np.ones(len(at[0])), at), shape).tocsr()
+        return found
