@@ -24,7 +24,7 @@ from vggt_cli.formats import colmap, colmap_read, colmap_rows, copies, headers, 
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about EXIF
 
-FEW, MANY = 400, 5000
+FEW, MANY = 150, 5000
 SECONDS = 20  # for one case, on a loaded machine; most take milliseconds
 EXTREMES = (0, 1, -1, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**60, 2**63 - 1, 2**64 - 1)
 
@@ -130,7 +130,7 @@ def _bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headers, "most_pixels", lambda: 2**22)
 
 
-@few(FEW // 3)
+@few(FEW)
 @given(kind=st.sampled_from(sorted(PHOTOGRAPHS)), edit=edits())
 def test_a_mutated_photo_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, kind: str, edit: Callable[[bytes], bytes]
@@ -253,6 +253,16 @@ def test_a_count_of_two_to_the_sixty_allocates_nothing(
     with pytest.raises(InputError, match="cut short"):
         colmap_rows_of(tmp_path, models, part, blown_up)
     model_is_read_or_refused(tmp_path, models, part, "bin", blown_up)
+
+
+def test_a_camera_of_more_pixels_than_an_integer_holds_is_an_error(
+    models: Path, tmp_path: Path
+) -> None:
+    def blown_up(data: bytes) -> bytes:
+        return data[:16] + (2**63).to_bytes(8, "little") + data[24:]  # the first camera's width
+
+    with pytest.raises(InputError, match="9223372036854775808 x 600"):
+        colmap_rows_of(tmp_path, models, "cameras", blown_up)
 
 
 def colmap_rows_of(folder: Path, models: Path, part: str, edit: Callable[[bytes], bytes]) -> object:

@@ -136,7 +136,12 @@ def _camera(path: Path, model: str, size: tuple[int, int], values: tuple[float, 
     known = {name: (focals, focals + 2 + extra) for name, focals, extra in MODELS}
     focals, count = known.get(model, (0, len(values)))
     positive = all(value > 0 for value in (*size, *values[:focals]))
-    if len(values) != count or not positive or not all(map(math.isfinite, values)):
+    if (
+        len(values) != count
+        or not positive
+        or max(size) >= 2**31
+        or not all(map(math.isfinite, values))
+    ):
         raise InputError(f"a {model} camera of {size[1]} x {size[0]} with {values}: {path}")
     return Camera(model, size, values)
 
