@@ -203,10 +203,18 @@ def export(
 ) -> None:
     """Add further formats to a finished scene; no network runs. Prints what was written.
 
-    colmap-txt: sparse/0/*.txt. nerfstudio: transforms.json (camera-to-world, OpenGL axes).
-    depth: colmap_dense/ (COLMAP's stereo_fusion), inverse_depths/ with sparse/0/depth_params.json
-    (3DGS), depths/ (nerfstudio, millimetres). glb: scene.glb, points and cameras. mesh: mesh.ply
-    (needs open3d). All of them are added, or none. Conventions: docs/formats.md.
+    colmap-txt: sparse/0/*.txt
+
+    nerfstudio: transforms.json, camera-to-world with OpenGL axes
+
+    depth: colmap_dense/ for COLMAP's stereo_fusion, inverse_depths/ with sparse/0/depth_params.json
+    for 3DGS, depths/ for nerfstudio (thousandths of a unit)
+
+    glb: scene.glb, points and cameras
+
+    mesh: mesh.ply; needs open3d
+
+    All of them are added, or none. Conventions: docs/formats.md.
     """
     speak(quiet, 0)
     from vggt_cli.formats import export as writing
