@@ -10,8 +10,10 @@ from wall import EVERYTHING, H, S, W, wall
 
 from vggt_cli.errors import GeometryError
 from vggt_cli.geometry import project_tracks
+from vggt_cli.reconstruction import fuse as fuse_module
 from vggt_cli.reconstruction.fuse import (
     AGREEMENT,
+    confident_pixels,
     depth_edges,
     fuse,
     surface_normals,
@@ -162,3 +164,19 @@ def test_one_frame_alone_is_enough() -> None:
     cloud = fuse(first, images[:1], EVERYTHING)
     assert (lengths(cloud) == 1).all()
     assert len(cloud) > 0.5 * H * W
+
+
+def test_how_many_frames_are_looked_at_at_once_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = dataclasses.replace(EVERYTHING, confidence=30)
+    whole = fuse(*wall(), options)
+    monkeypatch.setattr(fuse_module, "AT_ONCE", 1)
+    assert torch.equal(fuse(*wall(), options).xyz, whole.xyz)
+
+
+def test_a_percentile_of_many_values_is_taken_from_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    prediction, images = wall()
+    monkeypatch.setattr(fuse_module, "SAMPLED", S * H * W // 4)
+    kept = confident_pixels(prediction, images, dataclasses.replace(EVERYTHING, confidence=60))
+    assert kept.float().mean() == pytest.approx(0.4, abs=0.05)

@@ -15,11 +15,13 @@ from disturb import generator
 from stand_in import StandIn, flawless
 from torch import Tensor
 from torch.testing import assert_close
+from wall import EVERYTHING, wall
 
 from vggt_cli.geometry import align_cameras, move
 from vggt_cli.learning import synthetic
 from vggt_cli.models import weights
 from vggt_cli.reconstruction import loops
+from vggt_cli.reconstruction.fuse import fuse
 from vggt_cli.reconstruction.predict import predict
 from vggt_cli.reconstruction.shelf import Shelf
 from vggt_cli.reconstruction.windows import (
@@ -230,7 +232,7 @@ import torch
 from stand_in import StandIn
 from test_windows import joined, trajectory_error
 torch.set_num_threads(2)
-network = StandIn(int(sys.argv[1]), size=(24, 32))
+network = StandIn(int(sys.argv[1]))
 with tempfile.TemporaryDirectory() as folder:
     start = time.process_time()
     result = joined(network, Path(folder), 60)
@@ -255,8 +257,7 @@ def test_ten_thousand_frames_take_under_a_minute_and_the_memory_of_a_window() ->
     print(figures)
     assert figures[10_000]["seconds"] < 60  # of processors
     assert figures[10_000]["error"] < 0.15  # metres on ten laps of 40
-    # All of it as float32, depth, confidence and pixels, would take 150 MB more.
-    assert figures[10_000]["MiB"] - figures[1000]["MiB"] < 100
+    assert figures[10_000]["MiB"] - figures[1000]["MiB"] < 100  # cameras, looks, the graph
 
 
 def test_what_is_put_on_the_shelf_comes_back(tmp_path: Path) -> None:
@@ -275,6 +276,19 @@ def test_what_is_put_on_the_shelf_comes_back(tmp_path: Path) -> None:
     assert_close(predicted.cameras.extrinsics[1], prediction.cameras.extrinsics[1])
     predicted.depth[0] = 7  # a copy on write: the file stays
     assert (shelf.whole()[1].depth[0] == 0).all()
+
+
+def test_what_lies_on_disk_is_fused_as_it_is(tmp_path: Path) -> None:
+    prediction, images = wall()
+    result = predict_windows(
+        lambda _: prediction, images.__getitem__, in_order(len(images), 9, 1), tmp_path
+    )
+    in_memory = fuse(prediction, images, EVERYTHING)
+    cloud = fuse(result.prediction, result.images, EVERYTHING)
+    assert cloud.xyz.dtype == torch.float32
+    assert abs(len(cloud) - len(in_memory)) <= 0.02 * len(in_memory)
+    assert_close(cloud.xyz[:, 2], torch.full_like(cloud.xyz[:, 2], 2), rtol=1e-3, atol=0)
+    assert set(cloud.rgb.unique().tolist()) == set(in_memory.rgb.unique().tolist())
 
 
 def test_a_pass_of_one_window_needs_no_graph(tmp_path: Path) -> None:

@@ -209,15 +209,15 @@ def as_page(scene: Scene, model: colmap.Model, title: str) -> page.Page:
 def _write_confidence(scene: Scene, files: Sequence[str], folder: Path) -> None:
     """Per frame NAME.npy, float16 at network size without padding, and NAME.png to look at."""
     folder.mkdir()
-    logs = scene.prediction.confidence.log()
-    stride = max(1, logs.numel() // 1_000_000)
-    low, high = torch.quantile(logs.flatten()[::stride], torch.tensor([0.02, 0.98])).tolist()
+    values = scene.prediction.confidence.flatten()
+    some = values[:: max(1, len(values) // 1_000_000)].float().log()
+    low, high = torch.quantile(some, torch.tensor([0.02, 0.98])).tolist()
     for frame, file in enumerate(files):
         rows, columns = frame_of(scene.images, frame)
         confidence = scene.prediction.confidence[frame, rows, columns]
         largest = torch.finfo(torch.float16).max
         np.save(folder / f"{file}.npy", confidence.clamp(max=largest).half().numpy())
-        gray = (logs[frame, rows, columns] - low) / max(high - low, 1e-6)
+        gray = (confidence.float().log() - low) / max(high - low, 1e-6)
         pixels = (gray.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
         Image.fromarray(pixels).save(folder / f"{file}.png")
 
