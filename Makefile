@@ -61,7 +61,7 @@ bench: $(VENV)/.dev
 ablation: $(VENV)/.dev
 	$(BIN)/python benchmarks/ablation.py
 
-# Makes mini again, in about three hours on two cores; stopped, it goes on. See docs/training.md.
+# Makes mini again, in about five hours on two cores; stopped, it goes on. See docs/training.md.
 FEATURES := --freeze all-but-encoder --rate 1e-2 --frames 3 4 --batch-frames 16
 TRUNK := --freeze encoder --freeze depth-head --pixels 256 --rate 7e-4
 DEPTH := --freeze all-but-depth-head --pixels 256 --rate 7e-4
@@ -72,7 +72,7 @@ mini: $(VENV)/.user
 	$(BIN)/vggt train --out runs/trunk --init runs/features-wide/mini.safetensors $(TRUNK) \
 		--near 0.7 --steps 10800
 	$(BIN)/vggt train --out runs/mini --init runs/trunk/mini.safetensors $(DEPTH) \
-		--near 1 --steps 1400
+		--near 1 --steps 5100
 
 clean:
 	rm -rf $(VENV) scene build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -135,12 +135,24 @@ class Small(Mini):
         self.aggregator = MeetingAggregator(self.config, encoder, variant.meet)
         if variant.convolutions:
             self.depth_head.dense_head = ConvolutionHead(self.config)
+        del self.depth_head.refiner
 
     def settle(self, seen: Seen, guess: Guess, matches: Matches) -> Settled:
         """What the heads say, and no facts."""
         none = torch.zeros_like(matches.own[..., 0])
         facts = none.new_zeros(*none.shape[:2], seen.grid[0] * seen.grid[1], FACTS)
         return Settled(guess.pose, matches, none + 1, none, facts)
+
+    def reread(
+        self,
+        maps: tuple[Tensor, Tensor],
+        settled: Settled,
+        features: Tensor,
+        scale: Tensor,
+        frames_per_chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        """As they are: a plane sweep finds matches, too."""
+        return maps
 
 
 def build(variant: Variant, config: MiniConfig, seed: int) -> tuple[Small, Teacher]:

@@ -83,11 +83,31 @@ def test_every_part_learns() -> None:
     seen = fresh.aggregate(photos(1, 2, 3, 96, 128))
     guess = fresh.guess(seen)
     matches, features = fresh.find(seen, guess)
-    dense = fresh.dense(seen, fresh.settle(seen, guess, matches))[:2]
+    dense = fresh.dense(seen, fresh.settle(seen, guess, matches), features)[:2]
     verdict = matching.judge(matches, features, fresh.match_head)
     said = (guess.pose, guess.depth, guess.context[:, :, 64:], *dense, *verdict)
     torch.stack([x.sum() for x in said]).sum().backward()
     assert not {name for name, p in fresh.named_parameters() if p.grad is None}
+
+
+@torch.inference_mode()
+def test_a_fresh_refiner_changes_nothing_and_a_trained_one_heeds_the_sweep(network: Mini) -> None:
+    seen = network.aggregate(photos(1, 2, 3, 96, 128))
+    guess = network.guess(seen)
+    matches, features = network.find(seen, guess)
+    settled = network.settle(seen, guess, matches)
+    maps = torch.ones(1, 2, 96, 128), torch.full((1, 2, 96, 128), 2.0)
+    scale = torch.ones(1, 1, 1)
+    for after, before in zip(network.reread(maps, settled, features, scale, 1), maps, strict=True):
+        assert_close(after, before)
+    last = network.depth_head.refiner.last
+    bias = last.get_parameter("bias")
+    bias[16:32] = 0.5  # trust in the sweep's own change, which is given twofold
+    depth, _ = network.reread(maps, settled, features, scale, 1)
+    bias.zero_()
+    cells = F.avg_pool2d(depth.log(), 8)
+    assert cells.abs().max() > 0.01
+    assert_close(network.reread(maps, settled, features, scale, 8)[0], maps[0])
 
 
 @torch.inference_mode()

@@ -197,7 +197,7 @@ def _mini(network: Mini, teacher: Teacher, batch: Batch) -> tuple[Terms, Terms]:
             # One cell of a patch is enough to learn from, and four times as fast.
             matches, features = network.find(seen, guess, 1)
             settled = network.settle(seen, guess, network.refined(matches, features))
-            depth, confidence, _ = network.dense(seen, settled, B * S)
+            depth, confidence, _ = network.dense(seen, settled, features, B * S)
     with full_precision(batch.pixels):
         if early:
             terms, parts = _mini_guess(network, teacher, batch, (seen, guess))

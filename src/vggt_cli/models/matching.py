@@ -69,7 +69,7 @@ def find(
     """
     B, S, _, h, w = features.shape
     unit = F.normalize(features.float().flatten(3), dim=2).mT  # [B, S, cells, C]
-    places, around = _places(h, w).to(unit), _around(h, w).to(unit.device)
+    where, around = places(h, w).to(unit), _around(h, w).to(unit.device)
     every = torch.arange(B)[:, None]
     found: list[tuple[Tensor, ...]] = []
     for s, k in product(range(0, S, CHUNK), range(target.shape[2])):
@@ -80,7 +80,7 @@ def find(
         certainty = most.square() / alike.sum(-1)
         spot = around[best]  # [B, chunk, cells, 9]
         weight = alike.gather(-1, spot)[..., None]
-        place = (weight * places[spot]).sum(-2) / weight.sum(-2)
+        place = (weight * where[spot]).sum(-2) / weight.sum(-2)
         found.append((place, certainty, best))
     K = target.shape[2]
     place, certainty, best = (
@@ -93,7 +93,7 @@ def find(
     chosen = cell[:, :, None].expand(-1, -1, K, -1)
     place = place.gather(3, chosen[..., None].expand(-1, -1, -1, -1, 2))
     certainty, best = certainty.gather(3, chosen), best.gather(3, chosen)
-    return Matches(cell, places[cell], target, place, certainty, best)
+    return Matches(cell, where[cell], target, place, certainty, best)
 
 
 def judge(matches: Matches, features: Tensor, head: MatchHead) -> Verdict:
@@ -119,7 +119,7 @@ def refine(matches: Matches, features: Tensor, head: MatchHead) -> Matches:
     said = judge(matches, features, head)
     offset = said.offset.clamp(-REACH, REACH) / (max(h, w) / 2)
     exact = (EXACT / said.log_error.exp()).clamp(max=1)
-    place = _places(h, w).to(offset)[matches.best] + offset
+    place = places(h, w).to(offset)[matches.best] + offset
     return matches._replace(place=place, certainty=said.logit.sigmoid() * exact)
 
 
@@ -143,7 +143,7 @@ def others(features: Tensor, side: int, count: int = 8) -> Tensor:
     return close.topk(count, dim=-1).indices
 
 
-def _places(h: int, w: int) -> Tensor:
+def places(h: int, w: int) -> Tensor:
     """[h w, 2]: where cells lie."""
     rows, columns = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
     xy = torch.stack([columns, rows], -1).flatten(0, 1)

@@ -5,8 +5,9 @@ convolutional one, trained so that its features match from photo to photo; it ha
 XFeat's backbone (Potje et al., CVPR 2024, Apache-2.0) and started from its weights, with colours
 added; the licence of the weights file says so. Matches with the first frame go into the tokens.
 From what the tokens say of depth and poses `solver` finds the cameras that explain all matches;
-what it found goes into the tokens, and from these the dense head reads depth. Why, and what each
-part is worth, is measured in docs/training.md.
+what it found goes into the tokens, and from these the dense head reads depth. A plane sweep about
+that depth says where the other frames look alike, and a few convolutions make the depth heed it.
+Why, and what each part is worth, is measured in docs/training.md.
 
 B batch, S frames, H x W pixels, N patches of a frame, T = 1 + R + N tokens, D their width.
 """
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vggt_cli.geometry import compose, decode_pose, encode_pose, invert
-from vggt_cli.models import matching, solver
+from vggt_cli.models import matching, solver, sweep
 from vggt_cli.models.layers import (
     Outputs,
     Rotation,
@@ -42,7 +43,9 @@ from vggt_cli.models.solver import Solution
 SHARPNESS = 20.0  # of the likeness of features that match: they are trained with it
 ENOUGH = 4000  # matched cells of a sequence: more cost the solver's time
 SPREAD = 2  # cells that a matched cell's depth reaches, one deviation
+TARGETS = 4  # frames that a plane sweep looks into
 FACTS = 25  # numbers of what the solver found at a patch
+SWEPT = 5  # numbers of a cell beside the evidence of the plane sweep
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class MiniConfig(TrunkConfig):
     features: int = 64
     level_channels: tuple[int, ...] = (48, 96, 128, 128)
     late_depth: int = 2  # blocks that read what the solver found
+    sweep_width: int = 64  # channels of the convolutions that read the plane sweep
 
 
 def convolution(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Sequential:
@@ -129,6 +133,35 @@ class Settled(NamedTuple):
     facts: Tensor  # [B, S, h w, FACTS] for the tokens
 
 
+class Refiner(nn.Module):
+    """What a plane sweep says, read by a few convolutions among the cells."""
+
+    def __init__(self, config: MiniConfig) -> None:
+        super().__init__()
+        width = config.sweep_width
+        self.mix = nn.Conv2d(sweep.PLANES + SWEPT, width, 1)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(width, width, 3, padding=far, dilation=far) for far in (1, 2, 4, 1)
+        )
+        self.last = nn.Conv2d(width, 3 * 16, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.get_parameter("bias"))
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """What to add to the logarithms of depth and of doubt [b, 4 h, 4 w], of maps of cells.
+
+        inputs: of each plane how likely it is [b, P, h, w], and [b, SWEPT, h, w] of which the first
+        is the change of log depth that this asks for. Features are none of them: with these 160
+        scenes were learnt by heart.
+        """
+        x = self.mix(torch.cat([*inputs], 1))
+        for convolution in self.convolutions:
+            x = x + convolution(F.relu(x))
+        change, trust, doubt = self.last(F.relu(x)).chunk(3, 1)
+        change = change + trust * inputs[1][:, :1]
+        return F.pixel_shuffle(change, 4)[:, 0], F.pixel_shuffle(doubt, 4)[:, 0]
+
+
 class DepthHead(nn.Module):
     """Omega's dense head, after blocks in which a frame's patches hear what the solver found."""
 
@@ -138,6 +171,7 @@ class DepthHead(nn.Module):
         self.found = nn.Linear(FACTS, config.embed_dim)
         self.blocks = nn.ModuleList(block(config, qk_norm=True) for _ in range(config.late_depth))
         self.dense_head = DenseHead(replace(config, patch_size=16))  # of the tokens' image
+        self.refiner = Refiner(config)
 
     def forward(
         self, rotate: Rotation, size: Size, inputs: Sequence[Tensor]
@@ -218,8 +252,9 @@ class Mini(nn.Module):
     def read(self, seen: Seen, frames_per_chunk: int = 8) -> Outputs:
         """What the heads and the solver make of it; two passes of poses, before and after."""
         guess = self.guess(seen)
-        settled = self.settle(seen, guess, self.refined(*self.find(seen, guess)))
-        depth, confidence, scale = self.dense(seen, settled, frames_per_chunk)
+        matches, features = self.find(seen, guess)
+        settled = self.settle(seen, guess, self.refined(matches, features))
+        depth, confidence, scale = self.dense(seen, settled, features, frames_per_chunk)
         pose = torch.cat([settled.pose[..., :3] * scale, settled.pose[..., 3:]], -1)
         tokens = seen.layers[-1][:, :, : 1 + self.config.registers]
         return Outputs(torch.stack([guess.pose, pose]), depth, confidence, tokens=tokens)
@@ -282,9 +317,12 @@ class Mini(nn.Module):
             return Settled(_encoded(found, (H, W)), matches, found.depth, weight, facts)
 
     def dense(
-        self, seen: Seen, settled: Settled, frames_per_chunk: int = 8
+        self, seen: Seen, settled: Settled, features: Tensor, frames_per_chunk: int = 8
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Depth and its confidence [B, S, H, W], and the scale [B, 1, 1] of the poses to it."""
+        """Depth and its confidence [B, S, H, W], and the scale [B, 1, 1] of the poses to it.
+
+        features: [B, S, 128, h, w] of the cells, by which the matches were found.
+        """
         fine = self.config.fine
         small = tuple(n // fine for n in seen.pixels.shape[-2:])
         rotate = self.aggregator.rope_embed(seen.grid, 1 + self.config.registers)
@@ -292,10 +330,29 @@ class Mini(nn.Module):
         with compute(self._matrix):
             depth, confidence = by_frames(read, [*seen.layers, settled.facts], frames_per_chunk)
         with full_precision(depth):
-            maps = (_enlarged(x[:, :, None], fine)[:, :, 0] for x in (depth, confidence))
-            depth, confidence = maps
+            depth, confidence = (
+                _enlarged(x[:, :, None], fine)[:, :, 0] for x in (depth, confidence)
+            )
             depth, scale = _followed(depth, settled)
+            maps = depth, confidence
+            depth, confidence = self.reread(maps, settled, features, scale, frames_per_chunk)
         return depth, confidence, scale
+
+    def reread(
+        self,
+        maps: tuple[Tensor, Tensor],
+        settled: Settled,
+        features: Tensor,
+        scale: Tensor,
+        frames_per_chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Maps of depth and confidence [B, S, H, W], after a plane sweep about the depth."""
+        depth, confidence = maps
+        with torch.no_grad():
+            inputs = _swept(depth, settled, features, scale)
+        said = by_frames(self.depth_head.refiner, inputs, frames_per_chunk)
+        deeper, doubt = (_enlarged(x[:, :, None], 2)[:, :, 0].exp() for x in said)
+        return depth * deeper, 1 + (confidence - 1) / doubt
 
 
 def _both(local: Tensor, context: Tensor) -> Tensor:
@@ -320,18 +377,47 @@ def _followed(depth: Tensor, settled: Settled) -> tuple[Tensor, Tensor]:
     cells = F.avg_pool2d(depth, 8)
     there = solver.at_cells(cells, settled.matches)
     scale = _factor(settled.depth, there, settled.weight)[:, None, None]
-    change = (settled.depth * scale / there).log().clamp(-1, 1)
-    flat = torch.zeros_like(cells).flatten(2)
-    known = [
-        flat.scatter(2, settled.matches.cell, x).view_as(cells).flatten(0, 1)[:, None]
-        for x in (change * settled.weight, settled.weight)
-    ]
     steps = torch.arange(-3 * SPREAD, 3 * SPREAD + 1).to(depth)
     bell = torch.exp(-(steps**2) / (2 * SPREAD**2))
     kernel = (bell[:, None] * bell)[None, None]
-    total, count = (F.conv2d(x, kernel, padding=3 * SPREAD) for x in known)
+    total, count = (
+        F.conv2d(x.flatten(0, 1)[:, None], kernel, padding=3 * SPREAD)[:, 0].view_as(x)
+        for x in _ways(cells, settled, scale)
+    )
     change = F.interpolate(total / (count + 0.2), depth.shape[-2:], mode="bilinear")
-    return depth * change[:, 0].exp().view_as(depth), scale
+    return depth * change.exp(), scale
+
+
+def _ways(cells: Tensor, settled: Settled, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted way in log depth from cells [B, S, h, w] to the solver's; its weight, or 0."""
+    change = settled.depth * scale / solver.at_cells(cells, settled.matches)
+    change = change.log().clamp(-1, 1)
+    flat = torch.zeros_like(cells).flatten(2)
+    way, weight = (
+        flat.scatter(2, settled.matches.cell, x).view_as(cells)
+        for x in (change * settled.weight, settled.weight)
+    )
+    return way, weight
+
+
+def _swept(depth: Tensor, settled: Settled, features: Tensor, scale: Tensor) -> list[Tensor]:
+    """What the refiner reads [B, S, ..., h, w]: belief in the planes, the rest, and features.
+
+    depth: [B, S, H, W] in the scale that the poses are brought to.
+    """
+    extrinsics, lenses = decode_pose(settled.pose, (depth.shape[-2], depth.shape[-1]))
+    focal = lenses[:, 0, 0, 0] / (max(depth.shape[-2:]) / 2)
+    cameras = sweep.Cameras(extrinsics[..., :3], extrinsics[..., 3] * scale, focal)
+    certainty = settled.matches.certainty.sum(3)
+    surest = certainty.topk(min(TARGETS, certainty.shape[2]), 2).indices
+    target = settled.matches.target.gather(2, surest)
+    cells = F.avg_pool2d(depth, 8)
+    evidence = sweep.evidence(features, target, cameras, cells, 2 * SHARPNESS)
+    belief = sweep.believed(evidence)
+    relief = cells.log() - cells.log().mean((-1, -2), keepdim=True)
+    way, weight = _ways(cells, settled, scale)
+    rest = [belief.change * 2, belief.doubt * 2, weight, way * 2, relief]
+    return [belief.chance, torch.stack(rest, 2)]
 
 
 def _factor(depth: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
