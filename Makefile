@@ -20,8 +20,9 @@ demo: $(VENV)/.user
 
 setup: $(VENV)/.dev
 
+# Two processes of one thread each: most tests use no more, and many wait for a process of their own.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
