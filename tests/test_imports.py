@@ -63,7 +63,7 @@ BESIDE = {
         "transforms": {"colmap"},
         "depth_maps": {"colmap", "copies", "images"},
         "glb": {"colmap"},
-        "mesh": {"colmap", "depth_maps"},
+        "mesh": {"colmap", "depth_maps", "points"},
         "writers": {"colmap", "depth_maps", "glb", "mesh", "transforms"},
         "export": {"colmap", "copies", "files", "images", "page", "points", "writers"},
         "scene_read": {"colmap", "colmap_read", "images", "points", "writers"},

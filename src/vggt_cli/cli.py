@@ -19,7 +19,7 @@ from vggt_cli import __version__, cli_batch, cli_check, cli_doctor, cli_learning
 from vggt_cli.cli_scenes import Format
 from vggt_cli.cli_weights import app as weights_app
 from vggt_cli.errors import VggtError
-from vggt_cli.terminal import Progress, Verbosity, diagnosed, speak
+from vggt_cli.terminal import Progress, Verbosity, diagnosed, print_scene, speak
 
 app = typer.Typer(
     name="vggt",
@@ -241,11 +241,7 @@ def reconstruct(
                 export.write(scene, out, formats, overwrite or resume, html=not no_html)
                 progress("write", 1, 1)
             diagnosed(scene.findings, source, out)
-    if as_json:
-        content = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        typer.echo(json.dumps({"scene": str(out.absolute()), **content}))
-    else:
-        typer.echo(out)
+    print_scene(out, as_json)
 
 
 app.command()(cli_batch.batch)

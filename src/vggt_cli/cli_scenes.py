@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vggt_cli.errors import InputError
-from vggt_cli.terminal import Progress, diagnosed, speak
+from vggt_cli.terminal import Progress, diagnosed, print_scene, speak
 
 if TYPE_CHECKING:
     from vggt_cli.learning.compare import Comparison
@@ -171,11 +171,7 @@ def refine(
             html = not ours or (scene / "scene.html").is_file()
             export.write(after, target, formats, overwrite or out is None, html=html)
             diagnosed(after.findings, str(scene / "images"), target)
-    if as_json:
-        content = json.loads((target / "report.json").read_text(encoding="utf-8"))
-        typer.echo(json.dumps({"scene": str(target.absolute()), **content}))
-    else:
-        typer.echo(target)
+    print_scene(target, as_json)
 
 
 class Format(enum.StrEnum):

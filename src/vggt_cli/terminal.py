@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import warnings
@@ -109,3 +110,12 @@ def diagnosed(findings: Sequence[Finding], photos: str, scene: Path) -> None:
     """Say what was found, through the log: warnings, and what to do below each."""
     for line in words(findings, photos, str(scene)):
         log.log(logging.INFO if line.startswith(" ") else logging.WARNING, "%s", line)
+
+
+def print_scene(folder: Path, as_json: bool) -> None:
+    """The result on stdout: the scene's folder, or its report with it."""
+    if as_json:
+        content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        typer.echo(json.dumps({"scene": str(folder.absolute()), **content}))
+    else:
+        typer.echo(folder)

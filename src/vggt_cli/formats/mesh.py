@@ -13,6 +13,7 @@ import torch
 from vggt_cli.errors import OutputError
 from vggt_cli.formats.colmap import Array, Model
 from vggt_cli.formats.depth_maps import View, normals, views
+from vggt_cli.formats.points import BEGINNING
 from vggt_cli.geometry import unproject
 from vggt_cli.scene import Scene
 
@@ -22,20 +23,7 @@ BLOCK = 8  # voxels along a block's edge
 BLOCKS = 30_000  # that surfaces pass through, at most: about three times as many take 2 GB
 GRAZING = 0.15  # cosine between ray and normal below which a pixel lies between two surfaces
 FAR = 1e9  # open3d leaves out what is beyond
-HEADER = """ply
-format binary_little_endian 1.0
-comment OpenCV axes of the first camera: x right, y down, z forward
-element vertex {}
-property float x
-property float y
-property float z
-property float nx
-property float ny
-property float nz
-property uchar red
-property uchar green
-property uchar blue
-element face {}
+HEADER = f"""{BEGINNING}element face {{}}
 property list uchar int vertex_indices
 end_header
 """

@@ -15,7 +15,7 @@ from vggt_cli.scene import PointCloud
 VERTEX = np.dtype(
     [("xyz", "<f4", 3), ("normals", "<f4", 3), ("rgb", "u1", 3), ("confidence", "<f4")]
 )
-HEADER = """ply
+BEGINNING = """ply
 format binary_little_endian 1.0
 comment OpenCV axes of the first camera: x right, y down, z forward
 element vertex {}
@@ -28,9 +28,8 @@ property float nz
 property uchar red
 property uchar green
 property uchar blue
-property float confidence
-end_header
 """
+HEADER = f"{BEGINNING}property float confidence\nend_header\n"
 
 
 def write_cloud(cloud: PointCloud, path: Path) -> None:

@@ -56,7 +56,8 @@ def improve(
         cameras = placed.cameras
         refined, said = refine_given(cameras, predicted, found.tracks, group, options, exif)
     lens = Setup(refined.cameras, refined.radial, tuple(group))
-    if torch.equal(refined.cameras.extrinsics, predicted.extrinsics) and _kept(refined):
+    unmoved = torch.equal(refined.cameras.extrinsics, predicted.extrinsics)
+    if refined.verdict.method == "none" and unmoved:
         report, rows = _report(found, refined, [None] * len(images))
         kept = Refinement("none", predicted, lens, report, rows)
         return Improved(images, prediction, None, kept, found, said)
@@ -72,10 +73,6 @@ def improve(
     report, rows = _report(found, refined, fits)
     refinement = Refinement(refined.verdict.method, predicted, lens, report, rows)
     return Improved(images, moved, tracks, refinement, found, said)
-
-
-def _kept(refined: Refined) -> bool:
-    return refined.verdict.method == "none"
 
 
 def _report(

@@ -167,12 +167,11 @@ def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) ->
     if scene.priors.get("intrinsics", {}).get("fixed"):
         options = dataclasses.replace(options, fixed_intrinsics=True)
     with stages.stage("find tracks"):
-        guessed = guess(before, scene.images)
         if scene.dense is None:
-            source = resize(
-                before.cameras, scene.images.source_from_network, scene.images.source_size
-            )
-            guessed = guess_from_tracks(source, scene.tracks)
+            maps, size = scene.images.source_from_network, scene.images.source_size
+            guessed = guess_from_tracks(resize(before.cameras, maps, size), scene.tracks)
+        else:
+            guessed = guess(before, scene.images)
         found = follow(scene.photos, scene.images, guessed, None, cache_folder(), progress)
     with stages.stage("refine"):
         improved = improve(loaded, before, list(scene.camera_of_image), found, options)
