@@ -120,6 +120,15 @@ def test_a_photo_that_cannot_be_read_stops_a_strict_run(
         reconstructed(tmp_path, dataclasses.replace(MINI, strict=True))
 
 
+def test_what_is_left_out_is_said_once(
+    photos: list[Image.Image], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos[0].save(tmp_path / "1.png")
+    (tmp_path / "clip.mp4").touch()
+    reconstructed(tmp_path)
+    assert sum("clip.mp4" in record.getMessage() for record in caplog.records) == 1
+
+
 def test_weights_that_forbid_commercial_use_are_refused_when_asked(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "1.png")
     options = dataclasses.replace(MINI, model="vggt-1b", require_commercial=True)

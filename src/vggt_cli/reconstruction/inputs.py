@@ -31,13 +31,12 @@ class InputOptions:
 
 
 def read(
-    source: str, shaping: Shaping, options: InputOptions, progress: Progress
+    root: Path, paths: list[Path], shaping: Shaping, options: InputOptions, progress: Progress
 ) -> tuple[images.Loaded, list[str]]:
-    """The photos of `source` (see `files.find`), or keyframes of its videos, and warnings.
+    """The photos that `find` found, or keyframes of the videos, and warnings.
 
     Raises InputError for what cannot be read: with `strict` for one file, else for all.
     """
-    root, paths = find(source, options)
     unread: list[tuple[str, str]] = []
     frames: dict[Path, Frame] = {}
     if files.is_video(paths[0]):

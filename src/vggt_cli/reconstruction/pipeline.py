@@ -80,7 +80,8 @@ def reconstruct(
     shaping, warnings = _shaping(_weights(options).shaping, options.resolution)
     stages = Stages(device, progress)
     with stages.stage("load images"):
-        loaded, said = inputs.read(source, shaping, _of_inputs(options), progress)
+        root, paths = inputs.find(source, _of_inputs(options))
+        loaded, said = inputs.read(root, paths, shaping, _of_inputs(options), progress)
     warnings += said
     H, W = loaded.images.size
     stages.work = f"{len(loaded.images)} images of {W} x {H}"
@@ -101,8 +102,8 @@ def reconstruct(
         tracks, rgb, dense = _points(improved, options)
     with stages.stage("diagnose"):
         findings = diagnose(loaded.photos, improved, raw, start.group)
-    made_by = _made_by(used, device, dtype, options, stages)
-    made_by = dataclasses.replace(made_by, content=content_key(source, options))
+    digest = content.key(root, paths, dataclasses.asdict(options), used.sha256)
+    made_by = _made_by(used, (device, dtype), options, stages, digest)
     return Scene(
         loaded.photos,
         improved.images,
@@ -128,11 +129,12 @@ def _with_shared_cameras(prediction: Prediction, group: list[int]) -> Prediction
 
 def _made_by(
     used: weights.Weights,
-    device: torch.device,
-    dtype: torch.dtype,
+    computed: tuple[torch.device, torch.dtype],
     options: Options,
     stages: Stages,
+    digest: str,
 ) -> Provenance:
+    device, dtype = computed
     return Provenance(
         used.name,
         used.sha256,
@@ -143,11 +145,12 @@ def _made_by(
         dataclasses.asdict(options),
         stages.seconds,
         stages.peak_memory,
+        digest,
     )
 
 
 def content_key(source: str, options: Options) -> str:
-    """What `Provenance.content` of the scene would be; empty for a list, which is read once."""
+    """What `Provenance.content` of the scene would be; empty for a list, which is read but once."""
     if source == "-":
         return ""
     _, path = weights.identify(options.model)
