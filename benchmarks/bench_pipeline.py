@@ -14,7 +14,7 @@ from common import seconds, write
 from vggt_cli.device import compute_dtype
 from vggt_cli.formats import export, files, images
 from vggt_cli.models import weights
-from vggt_cli.reconstruction import pipeline
+from vggt_cli.reconstruction import pipeline, settings
 from vggt_cli.reconstruction.fuse import FuseOptions, fuse
 from vggt_cli.reconstruction.predict import predict
 
@@ -32,7 +32,7 @@ def main(folder: str) -> None:
     root, paths = files.find(folder)
     loaded = images.load(root, paths, used.shaping).images
     prediction = predict(network, loaded)
-    scene = pipeline.reconstruct(folder, pipeline.Options(model="mini"))
+    scene = pipeline.reconstruct(folder, settings.Options(model="mini"))
     with tempfile.TemporaryDirectory() as place:
         figures = {
             "photos": len(paths),

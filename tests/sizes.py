@@ -11,7 +11,7 @@ LINES_OF = {"models/vggt.py": 500, "models/mini.py": 500, "models/omega.py": 500
 FUNCTION = 60
 LONG = {"forward", "train"}  # a network's figure and the training loop read top to bottom
 COMMANDS = {
-    "cli.py",
+    "cli_reconstruct.py",
     "cli_weights.py",
     "cli_learning.py",
     "cli_check.py",

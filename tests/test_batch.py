@@ -21,7 +21,7 @@ from vggt_cli.formats.claims import claimed
 from vggt_cli.models import weights
 from vggt_cli.reconstruction import batch, pipeline
 from vggt_cli.reconstruction.batch import How, Job
-from vggt_cli.reconstruction.pipeline import Options
+from vggt_cli.reconstruction.settings import Options
 
 USUAL = Options(model="mini", device="cpu", refine="none", points=500)
 

@@ -174,10 +174,10 @@ def test_full_and_closed_disks_are_noted(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_little_memory_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    total, free = doctor._available()
+    total, free = device.memory()
     assert 0 < free <= total
     for left, state in ((1 << 29, NOTE), (1 << 31, OK)):
-        monkeypatch.setattr(doctor, "_available", lambda left=left: (1 << 33, left))
+        monkeypatch.setattr(device, "memory", lambda left=left: (1 << 33, left))
         (fact,) = doctor._memory()
         assert fact.state == state
 

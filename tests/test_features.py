@@ -10,8 +10,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from vggt_cli.errors import InputError
+from vggt_cli.formats import decode
 from vggt_cli.formats import features as third
-from vggt_cli.formats import images as files
 from vggt_cli.formats.colmap import Array
 from vggt_cli.formats.features import Camera, verify
 from vggt_cli.reconstruction import detect
@@ -157,12 +157,12 @@ def test_a_photo_that_has_become_unreadable_has_no_features(
     assert len(found([bad], tmp_path / "cache")[0].xy) == 0
     assert "gone.jpg" in caplog.text
     with pytest.raises(InputError, match=r"cannot be read: .*gone\.jpg"):
-        files.gray(bad.path, 100)
+        decode.gray(bad.path, 100)
 
 
 def test_transparent_photos_are_looked_at_over_white(tmp_path: Path) -> None:
     Image.new("RGBA", (30, 20), (0, 0, 0, 0)).save(tmp_path / "a.png")
-    gray = files.gray(tmp_path / "a.png", 15)
+    gray = decode.gray(tmp_path / "a.png", 15)
     assert gray.shape == (10, 15)
     assert (gray == 255).all()
 

@@ -20,7 +20,7 @@ from test_colmap import model
 from test_images import BALANCED, picture
 
 from vggt_cli.errors import InputError
-from vggt_cli.formats import colmap, colmap_read, colmap_rows, copies, headers, images
+from vggt_cli.formats import colmap, colmap_read, colmap_rows, copies, decode, headers, images
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about EXIF
 
@@ -116,8 +116,8 @@ def photo_is_read_or_refused(folder: Path, data: bytes) -> None:
     headers.gps(path)
     try:
         photo = images.load(folder, [path], BALANCED).photos[0]
-        images.kept(photo)
-        images.gray(path, 16)
+        decode.kept(photo)
+        decode.gray(path, 16)
         copies.upright_copy(photo, copy)
     except InputError as error:
         said = str(error)

@@ -13,13 +13,13 @@ from test_similarity import drawn
 
 from vggt_cli.errors import InputError
 from vggt_cli.formats import export, scene_read
-from vggt_cli.formats.images import size_of
+from vggt_cli.formats.decode import size_of
 from vggt_cli.geometry import move
 from vggt_cli.models import weights
 from vggt_cli.reconstruction import given, pipeline
 from vggt_cli.reconstruction.improve import Improved
-from vggt_cli.reconstruction.pipeline import Options
 from vggt_cli.reconstruction.readings import Reading
+from vggt_cli.reconstruction.settings import Options
 from vggt_cli.scene import ImageSet, Photo, Prediction, Similarity
 
 MINI = Options(model="mini", points=3000, device="cpu", refine="none")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from vggt_cli.errors import InputError
-from vggt_cli.formats import copies, files, images, lenses
+from vggt_cli.formats import copies, decode, files, images, lenses
 from vggt_cli.scene import Photo, Shaping
 
 BALANCED = Shaping("balanced", 64, 16)
@@ -56,7 +56,7 @@ def cropped_to_two_to_one(image: Image.Image) -> Image.Image:
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    return torch.from_numpy(images.resized(image, size))
+    return torch.from_numpy(decode.resized(image, size))
 
 
 def as_bytes(pixels: Tensor) -> Tensor:
@@ -347,7 +347,7 @@ def test_no_readable_photo_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"empty\.png"):
         images.load(root, paths, BALANCED)
     with pytest.raises(InputError):
-        images.upright_sizes(paths)
+        decode.upright_sizes(paths)
 
 
 # Cameras.

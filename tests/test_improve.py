@@ -20,10 +20,10 @@ from vggt_cli.geometry import (
     undistort,
 )
 from vggt_cli.learning.metrics import auc, relative_pose_errors
-from vggt_cli.reconstruction import pipeline
+from vggt_cli.reconstruction import pipeline, plan
 from vggt_cli.reconstruction.fuse import FuseOptions, fuse
-from vggt_cli.reconstruction.pipeline import Options
 from vggt_cli.reconstruction.refine import RefineOptions
+from vggt_cli.reconstruction.settings import Options
 from vggt_cli.scene import Cameras, Scene
 
 pytestmark = pytest.mark.colmap
@@ -108,7 +108,7 @@ def test_depth_follows_the_points(rough: Scene, refined: Scene) -> None:
 
 
 def fuse_again(scene: Scene) -> torch.Tensor:
-    how = FuseOptions(pipeline.DENSE_POINTS, MINI.confidence, MINI.seed)
+    how = FuseOptions(plan.DENSE_POINTS, MINI.confidence, MINI.seed)
     return fuse(scene.prediction, scene.images, how, observe=False).xyz
 
 

@@ -10,10 +10,10 @@ from PIL import Image
 from test_images import BALANCED, picture
 
 from vggt_cli.errors import InputError
-from vggt_cli.formats import copies, export, files, images, masks, scene_read
+from vggt_cli.formats import copies, decode, export, files, images, masks, scene_read
 from vggt_cli.formats.check import check_folder
 from vggt_cli.reconstruction import pipeline
-from vggt_cli.reconstruction.pipeline import Options
+from vggt_cli.reconstruction.settings import Options
 from vggt_cli.scene import Scene
 
 MINI = Options(model="mini", points=3000, device="cpu", refine="none")
@@ -79,7 +79,7 @@ def test_masks_of_every_kind_mean_the_same(tmp_path: Path, mode: str) -> None:
     (tmp_path / "m").mkdir()
     keep.save(tmp_path / "m/a.png")
     photo = load(tmp_path, tmp_path / "m").photos[0]
-    assert images.kept(photo).tobytes() == half().tobytes()
+    assert decode.kept(photo).tobytes() == half().tobytes()
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -92,8 +92,8 @@ def test_a_mask_is_of_the_upright_photo_or_of_the_one_stored(tmp_path: Path, sto
     keep.save(tmp_path / "m/a.png")
     photo = load(tmp_path, tmp_path / "m").photos[0]
     expected = keep.transpose(Image.Transpose.ROTATE_270) if stored else keep
-    assert images.kept(photo).size == (40, 60)
-    assert images.kept(photo).tobytes() == expected.tobytes()
+    assert decode.kept(photo).size == (40, 60)
+    assert decode.kept(photo).tobytes() == expected.tobytes()
 
 
 def test_a_mask_of_another_size_is_an_error_that_says_both(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from vggt_cli.formats import export
 from vggt_cli.models import weights
 from vggt_cli.models.layers import Outputs
 from vggt_cli.reconstruction import pipeline, predict
-from vggt_cli.reconstruction.pipeline import Options
+from vggt_cli.reconstruction.settings import Options
 from vggt_cli.scene import Scene
 
 MINI = Options(model="mini", points=3000, device="cpu", refine="none")
@@ -104,7 +104,7 @@ def test_a_plan_says_what_would_be_done(photos: list[Image.Image], tmp_path: Pat
     for i, photo in enumerate(photos):
         photo.save(tmp_path / f"{i}.png")
     options = dataclasses.replace(MINI, resolution=96)
-    plan = pipeline.plan(str(tmp_path), options)
+    plan = pipeline.foresee(str(tmp_path), options)
     assert plan["network_size"] == list(reconstructed(tmp_path, options).images.size)
     assert plan["tokens"] == 2 * plan["network_size"][0] * plan["network_size"][1] // 32**2
     assert len(plan["warnings"]) == 1

@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from vggt_cli.errors import InputError, OutputError
 from vggt_cli.formats import export, files, scene_read, video
 from vggt_cli.reconstruction import pipeline
-from vggt_cli.reconstruction.pipeline import Options
+from vggt_cli.reconstruction.settings import Options
 from vggt_cli.scene import Frame
 
 Positions = list[float]
@@ -144,7 +144,7 @@ def test_a_video_cut_short_gives_what_is_there_and_others_are_named(
 def test_a_scene_of_a_video_says_where_its_frames_are_from(tmp_path: Path) -> None:
     path = film(tmp_path / "my clip.mp4", [8.0 * i for i in range(40)])
     options = Options(model="mini", points=500, device="cpu", refine="none", frames=3)
-    plan = pipeline.plan(str(path), options)
+    plan = pipeline.foresee(str(path), options)
     assert plan["images"] == 3
     assert plan["network_size"][1] > plan["network_size"][0]
     scene = pipeline.reconstruct(str(path), options)
@@ -184,7 +184,7 @@ def test_frames_that_find_no_room_are_an_error_and_nothing_is_left(
 def test_options_of_videos_are_an_error_for_photos(tmp_path: Path) -> None:
     texture().save(tmp_path / "a.png")
     with pytest.raises(InputError, match="--fps and --frames are of videos"):
-        pipeline.plan(str(tmp_path), Options(model="mini", device="cpu", fps=1.0))
+        pipeline.foresee(str(tmp_path), Options(model="mini", device="cpu", fps=1.0))
 
 
 def test_without_pyav_the_error_says_what_to_install(
@@ -220,7 +220,7 @@ def test_a_damaged_video_gives_what_can_be_decoded_or_is_refused(
 def test_a_pipe_is_no_video(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.mp4")
     with pytest.raises(InputError, match="not a regular one"):
-        pipeline.plan(str(tmp_path), Options(model="mini", device="cpu"))
+        pipeline.foresee(str(tmp_path), Options(model="mini", device="cpu"))
 
 
 def test_videos_beside_photos_are_left_out_and_alone_they_are_used(

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 # Looked up when first asked for: importing the package must not load torch.
 _OFFERED = {
     "reconstruct": "reconstruction.pipeline",
-    "Options": "reconstruction.pipeline",
+    "Options": "reconstruction.settings",
     "write": "formats.export",
     "Scene": "scene",
     "ImageSet": "scene",

@@ -64,7 +64,7 @@ def batch(
     """
     speak(quiet, verbose)
     from vggt_cli.reconstruction import batch as scenes
-    from vggt_cli.reconstruction.pipeline import Options
+    from vggt_cli.reconstruction.settings import Options
 
     wanted = scenes.read_jobs(_lines(jobs), Options(model=model, device=device))
     if shard is not None:

@@ -12,6 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vggt_cli.errors import InputError
 
+# A second, in bfloat16, roughly: for plans where nothing was measured.
+OPERATIONS = {"cuda": 2e14, "mps": 5e12, "cpu": 1e11}
+
 
 def choose(name: str) -> torch.device:
     """The device called `name`; "auto" takes CUDA, then MPS, then the CPU.
@@ -148,6 +151,44 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory() -> tuple[int, int]:
+    """Bytes of this machine: all, and those that a program may still have; a container's if less.
+
+    Where the system does not say what is free, it is all.
+    """
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = free = page * os.sysconf("SC_PHYS_PAGES")
+    known = Path("/proc/meminfo")
+    if known.is_file():
+        fields = dict(line.split(":") for line in known.read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
+        total = min(total, int(most))
+        free = min(free, total - int(used.read_text()))
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if allowed != resource.RLIM_INFINITY:
+        free = min(free, allowed)
+    return total, free
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that work on `device` may still take there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return memory()[1]
+
+
+def give_back(device: torch.device) -> None:
+    """Let go of what `device` keeps for later, after it ran out of memory."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

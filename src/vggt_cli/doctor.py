@@ -105,25 +105,12 @@ def _devices() -> Iterator[Fact]:
 
 
 def _memory() -> Iterator[Fact]:
-    total, free = _available()
+    from vggt_cli.device import memory
+
+    total, free = memory()
     state, mend = (NOTE, "close other programs; give fewer photos") if free < MEMORY else (OK, "")
     words = f"{free / 2**30:.1f} of {total / 2**30:.1f} GB free, {os.cpu_count()} cores"
     yield Fact("memory", "memory", state, words, mend)
-
-
-def _available() -> tuple[int, int]:
-    """Bytes of memory: all, and those that a program may still have. A container's where it is."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = free = page * os.sysconf("SC_PHYS_PAGES")
-    known = Path("/proc/meminfo")
-    if known.is_file():
-        fields = dict(line.split(":") for line in known.read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
-        total = min(total, int(most))
-        free = min(free, total - int(used.read_text()))
-    return total, free
 
 
 def _codecs() -> Iterator[Fact]:
@@ -190,9 +177,9 @@ def _folder(name: str, folder: Path, wanted: int, mend: str) -> Fact:
 def _trial() -> Iterator[Fact]:
     """The main job in miniature: two made-up photos through the bundled network into a scene."""
     from vggt_cli.formats import export
-    from vggt_cli.reconstruction import pipeline
+    from vggt_cli.reconstruction import pipeline, settings
 
-    options = pipeline.Options(model="mini", refine="none", offline=True)
+    options = settings.Options(model="mini", refine="none", offline=True)
     logger, mend = logging.getLogger("vggt_cli"), "run vggt reconstruct with -vv"
     before = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -275,3 +275,6 @@ class Scene:
     refinement: Refinement | None = None  # None: not asked for
     priors: Mapping[str, Any] = field(default_factory=dict)  # what was given, for report.json
     findings: tuple[Finding, ...] = ()
+    windows: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # see windows.Joined; empty: seen at once

@@ -119,3 +119,19 @@ def print_scene(folder: Path, as_json: bool) -> None:
         typer.echo(json.dumps({"scene": str(folder.absolute()), **content}))
     else:
         typer.echo(folder)
+
+
+def print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    """What would be done, on stdout."""
+    if as_json:
+        typer.echo(json.dumps(plan))
+        return
+    for key, value in plan.items():
+        words = value
+        if key == "peak_memory_bytes":
+            key, words = "peak_memory", f"{value / 1e9:.2f} GB"
+        elif isinstance(value, dict):
+            words = ", ".join(f"{name} {amount}" for name, amount in value.items())
+        elif isinstance(value, list):
+            words = ", ".join(str(one) for one in value)
+        typer.echo(f"{key.replace('_', ' ')}: {words}")

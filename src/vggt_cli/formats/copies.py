@@ -15,9 +15,9 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from vggt_cli.errors import InputError
+from vggt_cli.formats.decode import eight_bit, kept, over, turned
 from vggt_cli.formats.files import KINDS
 from vggt_cli.formats.headers import UNREADABLE, exif_of, opened, orientation_of
-from vggt_cli.formats.images import eight_bit, kept, over, turned
 from vggt_cli.geometry import distort, pixel_centers, reframe, sample
 from vggt_cli.scene import RECODED, Photo
 

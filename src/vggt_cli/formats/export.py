@@ -251,6 +251,7 @@ def report(scene: Scene, model: colmap.Model) -> dict[str, Any]:
         },
         "scale": scene.scale,
         "priors": dict(scene.priors),
+        "windows": dict(scene.windows) or None,
         "tracks": scene.seen_in,
         "refinement": None if scene.refinement is None else dict(scene.refinement.report),
         "points": {

@@ -1,50 +1,28 @@
-"""Photos in: decode them upright, bring them to the network's size.
-
-The one door to Pillow's decoders, with `headers`. "Source" is the upright image: EXIF
-rotation is applied at decoding, and every map, size and pixel of the outputs refers to it.
-"""
+"""Photos as a network takes them: at its size, stacked, with the way back to their files."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageChops
 from torch import Tensor
 
 from vggt_cli.errors import InputError
+from vggt_cli.formats import room
+from vggt_cli.formats.decode import read, upright_sizes
 from vggt_cli.formats.files import KINDS, name_in
-from vggt_cli.formats.headers import UNREADABLE, exif_of, opened, orientation_of
 from vggt_cli.scene import ImageSet, Photo, Shaping
 
 log = logging.getLogger(__name__)
 
-# A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as this many of its pixels are left
-# for each pixel of the network: the result then differs by less than a grey level on average.
-DRAFT_OVERSAMPLING = 2
-ONE_BY_ONE = 2**25  # pixels: larger photos are decoded one at a time, whatever the threads
-TURNED = {  # by EXIF's orientation: what makes the photo upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_large = threading.Lock()
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+AT_ONCE = 64  # photos whose pixels wait to be stacked
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,32 +57,54 @@ def load(
     shaping: Shaping,
     progress: Callable[[int], None] = lambda done: None,
     masks: Sequence[Path | None] = (),
+    on_disk: bool = False,
 ) -> Loaded:
     """The images of `paths` as a network takes them; files that cannot be read are left out.
 
     Mixed sizes are padded with white to the largest, centred; padding is not valid.
     progress: called with the number of files decoded so far.
     masks: of each path, see `masks.matching`; what they leave out is not valid.
-    Raises InputError if no file can be read, or a mask does not fit its photo.
+    on_disk: pixels lie in a file, as float16, and memory does not grow with them.
+    Raises InputError if no file can be read, or a mask does not fit its photo; OutputError where
+    the disk is full.
     """
-    decoded: list[tuple[Photo, Tensor]] = []
-    unreadable = []
-    names = [name_in(root, path) for path in paths]
+    unreadable: list[tuple[str, str]] = []
     shape = partial(network_size, shaping=shaping)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        every = (paths, names, [shape] * len(paths), masks or [None] * len(paths))
-        results = threads.map(_read, *every)
-        for done, (name, path, result) in enumerate(zip(names, paths, results, strict=True), 1):
-            if isinstance(result, str):
-                unreadable.append((name, result))
-                log.warning("left out, cannot be read: %s (%s)", path, result)
-            else:
-                decoded.append(result)
-            progress(done)
-    if not decoded:
+    decoded = _decoded_in_turn(root, paths, shape, masks, unreadable, progress)
+    if on_disk:
+        loaded = _to_disk(decoded, len(paths), [shape(size) for size in upright_sizes(paths)])
+    else:
+        loaded = _together(list(decoded))
+    if loaded is None:
         reasons = "; ".join(f"{name}: {why}" for name, why in unreadable[:3])
         raise InputError(f"none of {len(paths)} images can be read: {reasons}", hint=KINDS)
-    return _together(decoded, unreadable)
+    return replace(loaded, unreadable=tuple(unreadable))
+
+
+def _decoded_in_turn(
+    root: Path,
+    paths: Sequence[Path],
+    shape: Callable[[tuple[int, int]], tuple[int, int]],
+    masks: Sequence[Path | None],
+    unreadable: list[tuple[str, str]],
+    progress: Callable[[int], None],
+) -> Iterator[tuple[Photo, Tensor]]:
+    """See `decode.read`; what cannot be read goes to `unreadable`."""
+    names = [name_in(root, path) for path in paths]
+    every = list(zip(paths, names, masks or [None] * len(paths), strict=True))
+    done = 0
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        for start in range(0, len(every), AT_ONCE):
+            some = every[start : start + AT_ONCE]
+            results = threads.map(lambda one: read(one[0], one[1], shape, one[2]), some)
+            for (path, name, _), result in zip(some, results, strict=True):
+                done += 1
+                if isinstance(result, str):
+                    unreadable.append((name, result))
+                    log.warning("left out, cannot be read: %s (%s)", path, result)
+                else:
+                    yield result
+                progress(done)
 
 
 def load_sized(
@@ -116,187 +116,43 @@ def load_sized(
     """The photos called `names`, each at its own network size. Raises InputError for a bad one."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         known = [lambda _, size=size: size for size in sizes]
-        results = list(threads.map(_read, paths, names, known, masks))
+        results = list(threads.map(read, paths, names, known, masks))
     for path, result in zip(paths, results, strict=True):
         if isinstance(result, str):
             raise InputError(f"cannot be read: {path} ({result})", hint=KINDS)
-    return _together([x for x in results if not isinstance(x, str)], [])
+    loaded = _together([x for x in results if not isinstance(x, str)])
+    assert loaded is not None, "no photos"
+    return loaded
 
 
-def _together(
-    decoded: Sequence[tuple[Photo, Tensor]], unreadable: Sequence[tuple[str, str]]
-) -> Loaded:
+def _together(decoded: Sequence[tuple[Photo, Tensor]]) -> Loaded | None:
+    if not decoded:
+        return None
     photos = tuple(photo for photo, _ in decoded)
     source_size = torch.tensor([photo.size for photo in photos])
     images = stack([photo.name for photo in photos], [x for _, x in decoded], source_size)
-    return Loaded(images, photos, tuple(unreadable))
+    return Loaded(images, photos, ())
 
 
-def _read(
-    path: Path, name: str, shape: Callable[[tuple[int, int]], tuple[int, int]], mask: Path | None
-) -> tuple[Photo, Tensor] | str:
-    """The photo with its RGBA pixels [4, h, w] uint8 at network size, or why it cannot be read."""
-    try:
-        with opened(path) as image:
-            rotated = orientation_of(image) != 1
-            kind, source = image.format or "", _upright_size(image)
-            size = shape(source)
-            h, w = size if image.size == source[::-1] else size[::-1]  # as stored
-            image.draft(None, (w * DRAFT_OVERSAMPLING, h * DRAFT_OVERSAMPLING))  # JPEG alone
-            exif = _camera(exif_of(image))
-            rgba = resized(_decoded(image), size)
-    except FileNotFoundError:
-        return "no such file"
-    except UNREADABLE as error:
-        return str(error).replace(str(path), path.name) or type(error).__name__
-    clear = bool((rgba[3] < 128).any())
-    photo = Photo(path, name, source, rotated, *exif, kind=kind, mask=mask, transparent=clear)
-    if mask is not None:
-        keep = _mask(mask, photo).resize((size[1], size[0]), Image.Resampling.BICUBIC)
-        rgba[3] = np.minimum(rgba[3], np.asarray(keep))
-    return photo, torch.from_numpy(rgba)
-
-
-def kept(photo: Photo) -> Image.Image:
-    """Which pixels of the upright photo count, by its mask and its alpha: 255, else 0, mode L.
-
-    Raises InputError for a mask that cannot be read or has another size.
-    """
-    keep = Image.new("L", photo.size[::-1], 255)
-    if photo.mask is not None:
-        keep = _mask(photo.mask, photo)
-    if photo.transparent:
-        keep = ImageChops.darker(keep, _white(_upright(photo.path).getchannel("A")))
-    return keep
-
-
-def _mask(path: Path, photo: Photo) -> Image.Image:
-    """The mask at `path` in the pixels of the upright photo: 255 where it is white, else 0."""
-    gray = over(_upright(path), "black").convert("L")
-    if gray.getextrema()[1] == 1:  # written as 0 and 1
-        gray = gray.point(lambda value: 255 * value)
-    if photo.rotated and gray.size == photo.size != photo.size[::-1]:  # as the file is stored
-        with opened(photo.path) as image:
-            gray = gray.transpose(TURNED[orientation_of(image)])
-    if gray.size != photo.size[::-1]:
-        found, wanted = words(gray.size[::-1]), words(photo.size)
-        raise InputError(f"the mask of {photo.name} is {found}, the photo {wanted}: {path}")
-    return _white(gray)
-
-
-def _white(gray: Image.Image) -> Image.Image:
-    return gray.point(lambda value: 255 if value >= 128 else 0)
-
-
-def window(
-    path: Path, source_size: tuple[int, int], box: Box, size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Pixels [3, h, w] float32 in [0, 1] and opaque [h, w] of a part of a photo, at `size`.
-
-    box: left, top, right, bottom in pixels of the upright photo, which has `source_size`; not
-    necessarily whole ones. Raises InputError if the file cannot be read or has another size.
-    """
-    upright = _upright(path)
-    if upright.size != source_size[::-1]:
-        found, wanted = words(upright.size[::-1]), words(source_size)
-        raise InputError(f"the photo is {found}, its camera {wanted}: {path}")
-    rgba = torch.from_numpy(resized(upright, size, box))
-    return rgba[:3].float() / 255, rgba[3] >= 128
-
-
-def gray(path: Path, longest: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """[h, w] uint8 luma of the upright photo over white, at most `longest`; InputError as above."""
-    upright = over(_upright(path, longest), "white")
-    scale = min(1.0, longest / max(upright.size))
-    w, h = (max(1, round(n * scale)) for n in upright.size)
-    return np.asarray(upright.convert("L").resize((w, h), Image.Resampling.BICUBIC))
-
-
-def size_of(path: Path) -> tuple[int, int]:
-    """(height, width) of the upright photo, from its header; InputError if it cannot be read."""
-    try:
-        with opened(path) as image:
-            return _upright_size(image)
-    except UNREADABLE as error:
-        raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
-
-
-def _upright(path: Path, longest: int = 100_000) -> Image.Image:
-    """RGB or RGBA of 8 bits, a JPEG perhaps reduced to no less than `longest`; or InputError."""
-    try:
-        with opened(path) as image:
-            w, h = (max(1, round(n * min(1, longest / max(image.size)))) for n in image.size)
-            image.draft(None, (w, h))
-            return _decoded(image)
-    except UNREADABLE as error:
-        raise InputError(f"cannot be read: {path} ({error})", hint=KINDS) from error
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) once EXIF rotation is applied; Pillow's TIFF size has it applied."""
-    on_its_side = orientation_of(image) in range(5, 9)
-    return image.size if on_its_side and image.format != "TIFF" else image.size[::-1]
-
-
-def _decoded(image: Image.Image) -> Image.Image:
-    """The photo upright, RGB or RGBA with 8 bits a channel."""
-    w, h = image.size
-    with _large if w * h > ONE_BY_ONE else contextlib.nullcontext():
-        image.load()
-        return turned(eight_bit(image), orientation_of(image))
-
-
-def turned(image: Image.Image, orientation: int) -> Image.Image:
-    """The image, stored under that EXIF orientation, upright; itself where it is."""
-    how = TURNED.get(orientation)
-    return image if how is None else image.transpose(how)
-
-
-def over(image: Image.Image, color: str) -> Image.Image:
-    """RGB: what is transparent shows `color`."""
-    if image.mode != "RGBA":
-        return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, color), image).convert("RGB")
-
-
-def eight_bit(image: Image.Image) -> Image.Image:
-    """RGB or RGBA with 8 bits a channel; 16-bit values are scaled, not clipped."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        full = {"F": 1.0}.get(image.mode, 65535.0)
-        if values.size and (values.min() < 0 or values.max() > full):
-            raise ValueError(f"values outside 0..{full:g} in a {image.mode} image")
-        gray = Image.fromarray(np.round(values * (255 / full)).astype(np.uint8))
-        return gray.convert("RGB")
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
-
-
-def _camera(exif: Image.Exif) -> tuple[str, str, float]:
-    """Make and model, focal length as written, and that of the same view on 36 x 24 mm or 0."""
-    make, model = (str(exif.get(tag, "")).strip(" \0") for tag in (0x010F, 0x0110))
-    details, equivalent = dict[int, Any](), 0.0
-    with contextlib.suppress(*UNREADABLE):  # nonsense says nothing
-        details = exif.get_ifd(ExifTags.IFD.Exif)
-        equivalent = float(details.get(ExifTags.Base.FocalLengthIn35mmFilm, 0))
-    focal = str(details.get(ExifTags.Base.FocalLength, ""))
-    return f"{make} {model}".strip(), focal, equivalent if 0 < equivalent < 1e4 else 0.0
-
-
-def resized(
-    image: Image.Image, size: tuple[int, int], box: Box | None = None
-) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """[4, h, w] uint8: RGB over white and alpha, by Pillow's bicubic filter on 8-bit values.
-
-    box: left, top, right, bottom of the part of the image that is seen; None: all.
-    Source: spec vggt section 11, vggt_omega section 12.
-    """
-    alpha, part = Image.new("L", (1, 1), 255), None
-    if image.mode == "RGBA":
-        alpha, part = image.getchannel("A"), box
-    bicubic = Image.Resampling.BICUBIC
-    rgb = over(image, "white").resize((size[1], size[0]), bicubic, box)
-    opaque = alpha.resize((size[1], size[0]), bicubic, part)
-    return np.concatenate([np.asarray(rgb), np.asarray(opaque)[..., None]], -1).transpose(2, 0, 1)
+def _to_disk(
+    decoded: Iterator[tuple[Photo, Tensor]], count: int, sizes: Sequence[tuple[int, int]]
+) -> Loaded | None:
+    """The same, as it comes; at most `count` photos, padded to the largest of `sizes`."""
+    H, W = (max(size[axis] for size in sizes) for axis in (0, 1))
+    pixels = room.on_disk((count, 3, H, W), torch.float16)
+    valid = room.on_disk((count, H, W), torch.bool)
+    photos, maps = [], []
+    for i, (photo, rgba) in enumerate(decoded):
+        maps.append(_place(rgba, photo.size, pixels[i], valid[i]))
+        photos.append(photo)
+        if len(photos) % AT_ONCE == 0:
+            room.let_go()
+    if not photos:
+        return None
+    n, source_size = len(photos), torch.tensor([photo.size for photo in photos])
+    names = tuple(photo.name for photo in photos)
+    images = ImageSet(names, pixels[:n], valid[:n], torch.stack(maps), source_size)
+    return Loaded(images, tuple(photos), ())
 
 
 def stack(names: Sequence[str], rgba: Sequence[Tensor], source_size: Tensor) -> ImageSet:
@@ -305,18 +161,32 @@ def stack(names: Sequence[str], rgba: Sequence[Tensor], source_size: Tensor) -> 
     source_size: [S, 2] (height, width) of the upright sources.
     """
     H, W = (max(x.shape[axis] for x in rgba) for axis in (1, 2))
-    pixels = torch.ones(len(rgba), 3, H, W)
-    valid = torch.zeros(len(rgba), H, W, dtype=torch.bool)
-    maps = torch.eye(3, dtype=torch.float64).repeat(len(rgba), 1, 1)
-    for i, x in enumerate(rgba):
-        h, w = x.shape[1:]
-        top, left = (H - h) // 2, (W - w) // 2
-        pixels[i, :, top : top + h, left : left + w] = x[:3].float() / 255
-        valid[i, top : top + h, left : left + w] = x[3] >= 128
-        scale = source_size[i].flip(0).double() / torch.tensor([w, h])
-        maps[i, :2, :2] = torch.diag(scale)
-        maps[i, :2, 2] = -scale * torch.tensor([left, top])
-    return ImageSet(tuple(names), pixels, valid, maps, source_size)
+    pixels = torch.empty(len(rgba), 3, H, W)
+    valid = torch.empty(len(rgba), H, W, dtype=torch.bool)
+    sizes = [(int(h), int(w)) for h, w in source_size]
+    maps = [
+        _place(x, size, *into) for x, size, *into in zip(rgba, sizes, pixels, valid, strict=True)
+    ]
+    return ImageSet(tuple(names), pixels, valid, torch.stack(maps), source_size)
+
+
+def _place(rgba: Tensor, source: tuple[int, int], pixels: Tensor, valid: Tensor) -> Tensor:
+    """Puts [4, h, w] uint8 into the middle of `pixels` [3, H, W] and `valid` [H, W].
+
+    Returns the map [3, 3] float64 from there to the upright photo, which has size `source`.
+    """
+    h, w = rgba.shape[1:]
+    top, left = ((n - m) // 2 for n, m in zip(valid.shape, (h, w), strict=True))
+    if (h, w) != valid.shape:
+        pixels.fill_(1)
+        valid.fill_(False)
+    pixels[:, top : top + h, left : left + w] = rgba[:3].float() / 255
+    valid[top : top + h, left : left + w] = rgba[3] >= 128
+    scale = torch.tensor(source[::-1], dtype=torch.float64) / torch.tensor([w, h])
+    to_source = torch.eye(3, dtype=torch.float64)
+    to_source[:2, :2] = torch.diag(scale)
+    to_source[:2, 2] = -scale * torch.tensor([left, top])
+    return to_source
 
 
 def frame_of(images: ImageSet, frame: int) -> tuple[slice, slice]:
@@ -325,19 +195,3 @@ def frame_of(images: ImageSet, frame: int) -> tuple[slice, slice]:
     left, top = (-images.source_from_network[frame, :2, 2] / scale).round().long().tolist()
     w, h = (images.source_size[frame].flip(0) / scale).round().long().tolist()
     return slice(top, top + h), slice(left, left + w)
-
-
-def upright_sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
-    """(height, width) of the files that can be opened, from their headers alone."""
-    sizes = []
-    for path in paths:
-        with contextlib.suppress(InputError):
-            sizes.append(size_of(path))
-    if not sizes:
-        raise InputError(f"none of {len(paths)} images can be read", hint=KINDS)
-    return sizes
-
-
-def words(size: tuple[int, int]) -> str:
-    """Width and height as people write them."""
-    return f"{size[1]} x {size[0]}"

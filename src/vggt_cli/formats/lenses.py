@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from vggt_cli.errors import InputError
-from vggt_cli.formats.images import words
+from vggt_cli.formats.decode import words
 from vggt_cli.scene import Photo
 
 

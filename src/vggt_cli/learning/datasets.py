@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Generator, Tensor
 
 from vggt_cli.errors import InputError
-from vggt_cli.formats import images
+from vggt_cli.formats import decode
 from vggt_cli.formats.colmap import Model
 from vggt_cli.formats.colmap_read import UNDISTORT, locate, read, read_map
 from vggt_cli.geometry import pixel_centers, resize
@@ -106,7 +106,7 @@ class PhotoScene:
         corners = torch.tensor([[0.0, 0, 1], [size[1], size[0], 1]], dtype=torch.float64)
         (left, top), (right, bottom) = (corners @ source_from_pixel.mT)[:, :2].tolist()
         box = max(left, 0.0), max(top, 0.0), min(right, float(w)), min(bottom, float(h))
-        return images.window(self.path(frame), (h, w), box, size)
+        return decode.window(self.path(frame), (h, w), box, size)
 
     def depth(
         self, frame: int, source_from_pixel: Tensor, size: tuple[int, int]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggt_cli.errors import InputError
+from vggt_cli.formats import decode
 from vggt_cli.formats import images as photos
 from vggt_cli.formats.colmap import Lens
 from vggt_cli.geometry import resize
@@ -213,7 +214,7 @@ def _reduced(scene: PhotoScene, frame: int) -> View:
     h, w = scene.model.cameras.image_size[frame].tolist()
     scale = min(1.0, LARGEST_VIEW / max(h, w))
     size = round(h * scale), round(w * scale)
-    pixels, _ = photos.window(scene.path(frame), (h, w), (0.0, 0.0, float(w), float(h)), size)
+    pixels, _ = decode.window(scene.path(frame), (h, w), (0.0, 0.0, float(w), float(h)), size)
     return _view(pixels, scene.model.lenses[frame])
 
 

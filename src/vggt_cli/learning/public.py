@@ -26,7 +26,7 @@ from torch import Tensor
 from vggt_cli.errors import InputError
 from vggt_cli.formats.colmap import Lens, Model, pycolmap
 from vggt_cli.formats.colmap_read import read
-from vggt_cli.formats.images import size_of
+from vggt_cli.formats.decode import size_of
 from vggt_cli.geometry import pixel_centers
 from vggt_cli.learning.clouds import DtuScan, Score, of_pixels
 from vggt_cli.learning.datasets import PhotoScene, nearest

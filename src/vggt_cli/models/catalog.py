@@ -43,6 +43,9 @@ class Entry:
     size: int  # bytes of all values as published
     licence: Licence
     shaping: Shaping  # belongs to the weights: another size runs and is silently worse
+    # Frames at once that are still told apart well. VGGT falls off beyond about 100 on streets and
+    # 200 around an object; chunks of 120 frames did best for its kin (VGGT-Long, DA3-Streaming).
+    window: int = 120
     gated: bool = False  # the repository asks for a login and consent
 
 

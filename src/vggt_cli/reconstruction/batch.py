@@ -24,7 +24,7 @@ from vggt_cli.formats.claims import claimed
 from vggt_cli.models.store import home
 from vggt_cli.models.weights import Networks
 from vggt_cli.reconstruction import pipeline
-from vggt_cli.reconstruction.pipeline import Options
+from vggt_cli.reconstruction.settings import Options
 from vggt_cli.reconstruction.stages import Progress, silent
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from vggt_cli.errors import InputError
+from vggt_cli.formats import decode
 from vggt_cli.formats import features as third
-from vggt_cli.formats import images as files
 from vggt_cli.formats.colmap import Array
 from vggt_cli.formats.features import Features
 from vggt_cli.models.store import home, sha256
@@ -79,7 +79,7 @@ def xfeat(photo: Photo, cache: Path | None) -> Features:
 
 def _gray(photo: Photo, kind: str) -> Array:
     try:
-        return files.gray(photo.path, LONGEST[kind])
+        return decode.gray(photo.path, LONGEST[kind])
     except InputError as error:
         log.warning("no features: %s", error)
         return np.zeros((1, 1), np.uint8)

@@ -48,7 +48,7 @@ def read(
     scale_from: str | None,
     photos: Sequence[Photo],
 ) -> Given:
-    """What the options of `pipeline.Options` say, read.
+    """What the options of `settings.Options` say, read.
 
     Raises InputError for files and words that cannot be, and for options that contradict.
     """

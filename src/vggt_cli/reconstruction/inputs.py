@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vggt_cli.errors import InputError
-from vggt_cli.formats import files, images, masks, video
+from vggt_cli.formats import decode, files, images, masks, video
 from vggt_cli.reconstruction.stages import Progress
 from vggt_cli.scene import Frame, Shaping
 
@@ -22,7 +22,7 @@ FRAMES = 200  # of videos, at most, unless told
 
 @dataclass(frozen=True)
 class InputOptions:
-    """What `read` makes of its source."""
+    """What is made of a source."""
 
     fps: float | None  # keyframes a second of a video; None: by motion
     frames: int | None  # of all videos, at most; None: FRAMES
@@ -30,12 +30,22 @@ class InputOptions:
     strict: bool  # what cannot be read stops the run
 
 
-def read(
-    root: Path, paths: list[Path], shaping: Shaping, options: InputOptions, progress: Progress
-) -> tuple[images.Loaded, list[str]]:
-    """The photos that `find` found, or keyframes of the videos, and warnings.
+@dataclass(frozen=True)
+class Sources:
+    """Photos and keyframes, still on disk."""
 
-    Raises InputError for what cannot be read: with `strict` for one file, else for all.
+    root: Path
+    paths: Sequence[Path]
+    masks: Sequence[Path | None]  # of each path
+    frames: Mapping[Path, Frame]  # of those paths that are of a video
+    unread: Sequence[tuple[str, str]]  # videos left out, and why
+    warnings: Sequence[str]
+
+
+def gather(root: Path, paths: list[Path], options: InputOptions, progress: Progress) -> Sources:
+    """The photos that `find` found, or keyframes of the videos, which are decoded for that.
+
+    Raises InputError for videos that cannot be read: with `strict` for one, else for all.
     """
     unread: list[tuple[str, str]] = []
     frames: dict[Path, Frame] = {}
@@ -50,13 +60,25 @@ def read(
     if options.masks is not None:
         names = [files.name_in(root, path) for path in paths]
         found = masks.matching(Path(options.masks), names)
-    loaded = images.load(
-        root, paths, shaping, lambda n: progress("load images", n, len(paths)), found
-    )
-    _refuse(loaded.unreadable, options.strict)
-    photos = [dataclasses.replace(p, frame=frames.get(p.path)) for p in loaded.photos]
-    unreadable = (*unread, *loaded.unreadable)
-    return images.Loaded(loaded.images, tuple(photos), unreadable), _bare(found, paths, options)
+    return Sources(root, paths, found, frames, unread, _bare(found, paths, options))
+
+
+def read(
+    sources: Sources, shaping: Shaping, on_disk: bool, strict: bool, progress: Progress
+) -> images.Loaded:
+    """The photos at the network's size; with `on_disk` see `images.load`.
+
+    Raises InputError for what cannot be read: with `strict` for one photo, else for all.
+    """
+    count = len(sources.paths)
+
+    def said(done: int) -> None:
+        progress("load images", done, count)
+
+    loaded = images.load(sources.root, sources.paths, shaping, said, sources.masks, on_disk)
+    _refuse(loaded.unreadable, strict)
+    photos = [dataclasses.replace(p, frame=sources.frames.get(p.path)) for p in loaded.photos]
+    return images.Loaded(loaded.images, tuple(photos), (*sources.unread, *loaded.unreadable))
 
 
 def find(source: str, options: InputOptions) -> tuple[Path, list[Path]]:
@@ -70,7 +92,7 @@ def find(source: str, options: InputOptions) -> tuple[Path, list[Path]]:
 def measured(paths: Sequence[Path], options: InputOptions) -> tuple[int, list[tuple[int, int]]]:
     """How many images `read` gives, at most, and (height, width) of them or of each video's."""
     if not files.is_video(paths[0]):
-        return len(paths), images.upright_sizes(paths)
+        return len(paths), decode.upright_sizes(paths)
     sizes, seconds = zip(*(video.header(path) for path in paths), strict=True)
     most = options.frames or FRAMES
     count = most if options.fps is None else min(most, round(sum(seconds) * options.fps) or 1)

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggt_cli.formats.colmap import Array
-from vggt_cli.formats.images import frame_of, gray
+from vggt_cli.formats.decode import gray
+from vggt_cli.formats.images import frame_of
 from vggt_cli.scene import ImageSet, Photo
 
 LONGEST = 1000  # pixels: blur is looked for at this size, where that of a lens's last pixel is gone

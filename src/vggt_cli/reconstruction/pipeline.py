@@ -4,63 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vggt_cli import device as devices
 from vggt_cli.errors import InputError
 from vggt_cli.formats import images as photos
+from vggt_cli.formats.decode import upright_sizes, words
 from vggt_cli.formats.lenses import camera_groups
 from vggt_cli.formats.names import few
 from vggt_cli.geometry import resize, share_intrinsics
 from vggt_cli.models import weights
-from vggt_cli.models.catalog import CATALOG, Entry
 from vggt_cli.models.networks import Network
 from vggt_cli.models.store import sha256
-from vggt_cli.reconstruction import content, given, inputs
+from vggt_cli.reconstruction import content, given, inputs, plan
 from vggt_cli.reconstruction.detect import cache_folder
 from vggt_cli.reconstruction.diagnose import diagnose
 from vggt_cli.reconstruction.fuse import FuseOptions, fuse
 from vggt_cli.reconstruction.improve import Improved, colored, improve
 from vggt_cli.reconstruction.pairs import guess, guess_from_tracks
-from vggt_cli.reconstruction.predict import predict
 from vggt_cli.reconstruction.refine import RefineOptions
+from vggt_cli.reconstruction.sequence import predicted
+from vggt_cli.reconstruction.settings import Options, Setting, settle
 from vggt_cli.reconstruction.stages import Progress, Stages, silent
 from vggt_cli.reconstruction.tracks import follow
-from vggt_cli.scene import ImageSet, PointCloud, Prediction, Provenance, Scene, Shaping, Tracks
+from vggt_cli.scene import ImageSet, PointCloud, Prediction, Provenance, Scene, Tracks
 
 log = logging.getLogger(__name__)
-
-DENSE_POINTS = 2_000_000  # in points.ply
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything that changes the result of `reconstruct`."""
-
-    model: str = "auto"  # a name of the weights table, or a file
-    device: str = "auto"
-    points: int = 200_000  # at most, in sparse/0
-    confidence: float = 20.0  # percent of the pixels, the least sure, that are dropped
-    resolution: int | None = None  # pixels; None: what the weights were trained at
-    camera: str = "auto"  # which images share intrinsics: see lenses.camera_groups
-    refine: Literal["auto", "none", "ba", "sfm"] = "auto"  # see refine.RefineOptions
-    intrinsics: str | None = None  # fx,fy,cx,cy or a file: see formats.priors.read_intrinsics
-    poses: str | None = None  # a file or folder: see formats.priors.read_poses
-    keep_poses: bool = False  # as they are; else they are where refinement starts
-    scale_from: str | None = None  # A-B=1.5m, poses or gps: see reconstruction.scale
-    save_tokens: bool = False  # also the text embedding, where the weights have one
-    seed: int = 0
-    fps: float | None = None  # keyframes a second of a video; None: by motion
-    frames: int | None = None  # keyframes of all videos, at most; None: inputs.FRAMES
-    masks: str | None = None  # folder: see formats.masks.matching
-    strict: bool = False  # a photo that cannot be read stops the run
-    require_commercial: bool = False
-    offline: bool = False
 
 
 def reconstruct(
@@ -75,27 +47,29 @@ def reconstruct(
     networks: the one that was loaded last, so that it need not be loaded again.
     Raises VggtError: InputError, WeightsError, MemoryExceeded or GeometryError.
     """
-    device = devices.choose(options.device)
-    dtype = devices.compute_dtype(device)
-    shaping, warnings = _shaping(_weights(options).shaping, options.resolution)
-    stages = Stages(device, progress)
+    setting = settle(options)
+    stages = Stages(setting.device, progress)
     with stages.stage("load images"):
-        root, paths = inputs.find(source, _of_inputs(options))
-        loaded, said = inputs.read(root, paths, shaping, _of_inputs(options), progress)
-    warnings += said
-    H, W = loaded.images.size
-    stages.work = f"{len(loaded.images)} images of {W} x {H}"
+        root, paths = inputs.find(source, options.inputs)
+        sources = inputs.gather(root, paths, options.inputs, progress)
+        planned = setting.plan(options, upright_sizes(sources.paths), len(sources.paths))
+        work = planned.work
+        loaded = inputs.read(sources, setting.shaping, work.on_disk, options.strict, progress)
+    warnings = [*setting.warnings, *sources.warnings, *_unrefined(work, options)]
+    stages.work = f"{len(loaded.images)} images of {words(loaded.images.size)}"
     group = camera_groups(loaded.photos, options.camera)
     prior = _prior(options, loaded)
     with stages.stage("load weights"):
-        heads = ["text"] * options.save_tokens + ["track"] * (options.refine != "none")
-        wanted = weights.Wanted(options.model, device, dtype, tuple(heads))
+        heads = ["text"] * options.save_tokens + ["track"] * work.refined
+        wanted = weights.Wanted(options.model, setting.device, setting.dtype, tuple(heads))
         network, used = weights.kept(wanted, networks, partial(progress, "load weights"))
     with stages.stage("predict"):
-        prediction = predict(network, loaded.images)
+        prediction, drift = predicted(network, loaded.images, planned, stages)
     raw, prediction = prediction.cameras, _with_shared_cameras(prediction, group)
     start = given.begin(prior, prediction, group, loaded.images)
-    start, improved = _improved(loaded, prior, start, network, options, stages)
+    how = options if work.refined else dataclasses.replace(options, refine="none")
+    together = network if drift is None else None  # its track head wants all frames at once
+    start, improved = _improved(loaded, prior, start, together, how, stages)
     improved, metric = given.in_metres(prior, start, improved, loaded.photos)
     warnings += _warned([*start.warnings, *improved.warnings]) + _words(loaded, improved)
     with stages.stage("fuse"):
@@ -103,7 +77,7 @@ def reconstruct(
     with stages.stage("diagnose"):
         findings = diagnose(loaded.photos, improved, raw, start.group)
     digest = content.key(root, paths, dataclasses.asdict(options), used.sha256)
-    made_by = _made_by(used, (device, dtype), options, stages, digest)
+    made_by = _made_by(used, setting, options, stages, digest)
     return Scene(
         loaded.photos,
         improved.images,
@@ -120,6 +94,19 @@ def reconstruct(
         improved.refinement,
         given.report(prior, start, metric),
         findings,
+        drift or {},
+    )
+
+
+def _unrefined(work: plan.Work, options: Options) -> list[str]:
+    """A warning where there are too many images for the refinement that would be usual."""
+    if work.refined or options.refine == "none":
+        return []
+    return _warned(
+        [
+            f"{work.frames} images, so the predicted cameras are kept; up to {plan.ALL_PAIRS} are "
+            "refined, or as many as there are with --refine ba"
+        ]
     )
 
 
@@ -128,20 +115,15 @@ def _with_shared_cameras(prediction: Prediction, group: list[int]) -> Prediction
 
 
 def _made_by(
-    used: weights.Weights,
-    computed: tuple[torch.device, torch.dtype],
-    options: Options,
-    stages: Stages,
-    digest: str,
+    used: weights.Weights, setting: Setting, options: Options, stages: Stages, digest: str
 ) -> Provenance:
-    device, dtype = computed
     return Provenance(
         used.name,
         used.sha256,
         used.licence,
         used.commercial,
-        str(device),
-        str(dtype).removeprefix("torch."),
+        str(setting.device),
+        str(setting.dtype).removeprefix("torch."),
         dataclasses.asdict(options),
         stages.seconds,
         stages.peak_memory,
@@ -155,7 +137,7 @@ def content_key(source: str, options: Options) -> str:
         return ""
     _, path = weights.identify(options.model)
     return content.key(
-        *inputs.find(source, _of_inputs(options)), dataclasses.asdict(options), sha256(path)
+        *inputs.find(source, options.inputs), dataclasses.asdict(options), sha256(path)
     )
 
 
@@ -213,47 +195,6 @@ def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) ->
     )
 
 
-def _weights(options: Options) -> Entry:
-    """The entry that the options mean; fetched first if it is named, not here and allowed."""
-    named = {known.name: known for known in CATALOG}.get(options.model)
-    if options.require_commercial and named:
-        weights.require_commercial(named)
-    if named and not options.offline and not weights.find(named.name):
-        log.info("fetching %s, %.1f GB, %s", named.name, named.size / 1e9, named.licence.name)
-        weights.fetch(named.name)
-    known, _ = weights.identify(options.model)
-    if options.require_commercial:
-        weights.require_commercial(known)
-    if options.model == "auto":
-        log.info(_about(known))
-    return known
-
-
-def _about(known: Entry) -> str:
-    if known.source:
-        return f"model: {known.name} ({known.licence.name})"
-    return (
-        f"model: {known.name}, small and rough: no published weights on this machine; "
-        f"vggt weights fetch {CATALOG[0].name} gets the best, vggt weights list shows all"
-    )
-
-
-def _shaping(preset: Shaping, resolution: int | None) -> tuple[Shaping, list[str]]:
-    """The preset of the weights, or another resolution with a warning."""
-    if resolution is None or resolution == preset.resolution:
-        return preset, []
-    words = (
-        f"--resolution {resolution}: these weights were trained at {preset.resolution}, "
-        "and other sizes are silently worse"
-    )
-    log.warning(words)
-    return dataclasses.replace(preset, resolution=resolution), [words]
-
-
-def _of_inputs(options: Options) -> inputs.InputOptions:
-    return inputs.InputOptions(options.fps, options.frames, options.masks, options.strict)
-
-
 def _prior(options: Options, loaded: photos.Loaded) -> given.Given:
     """What the options say of the cameras, read."""
     if options.keep_poses and options.refine == "sfm":
@@ -266,7 +207,7 @@ def _improved(
     loaded: photos.Loaded,
     prior: given.Given,
     start: given.Start,
-    network: Network,
+    network: Network | None,
     options: Options,
     stages: Stages,
 ) -> tuple[given.Start, Improved]:
@@ -297,7 +238,7 @@ def _points(improved: Improved, options: Options) -> tuple[Tracks, Tensor, Point
 
 
 def _dense(prediction: Prediction, images: ImageSet, options: Options) -> PointCloud:
-    points = max(DENSE_POINTS, options.points)
+    points = max(plan.DENSE_POINTS, options.points)
     how = FuseOptions(points, options.confidence, options.seed)
     return fuse(prediction, images, how, observe=False)
 
@@ -324,26 +265,25 @@ def _warned(warnings: list[str]) -> list[str]:
     return warnings
 
 
-def plan(source: str, options: Options) -> dict[str, Any]:
+def foresee(source: str, options: Options) -> dict[str, Any]:
     """What `reconstruct` would do, without loading weights or decoding images."""
-    device = devices.choose(options.device)
-    _, paths = inputs.find(source, _of_inputs(options))
-    known = _weights(dataclasses.replace(options, offline=True))
-    shaping, warnings = _shaping(known.shaping, options.resolution)
-    count, sizes = inputs.measured(paths, _of_inputs(options))
-    shaped = [photos.network_size(size, shaping) for size in sizes]
-    H, W = (max(size[axis] for size in shaped) for axis in (0, 1))
+    setting = settle(dataclasses.replace(options, offline=True))
+    _, paths = inputs.find(source, options.inputs)
+    count, sizes = inputs.measured(paths, options.inputs)
+    planned = setting.plan(options, sizes, count)
+    H, W = planned.work.size
     return {
         "images": count,
         "first": paths[0].name,
         "last": paths[-1].name,
         "network_size": [H, W],
-        "tokens": count * (H // shaping.patch_size) * (W // shaping.patch_size),
-        "model": known.name,
-        "licence": known.licence.name,
-        "device": str(device),
-        "dtype": str(devices.compute_dtype(device)).removeprefix("torch."),
+        "tokens": count * (H // setting.shaping.patch_size) * (W // setting.shaping.patch_size),
+        "model": setting.weights.name,
+        "licence": setting.weights.licence.name,
+        "device": str(setting.device),
+        "dtype": planned.work.dtype,
         "points": options.points,
-        "refine": options.refine,
-        "warnings": warnings,
+        "refine": options.refine if planned.work.refined else "none",
+        **planned.report(),
+        "warnings": [*setting.warnings, *_unrefined(planned.work, options)],
     }

@@ -1,16 +1,14 @@
-"""Frames and what was predicted of them on disk: memory of what is being read."""
+"""What was predicted of many frames, on disk, filled window by window."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vggt_cli.formats.colmap import Array
+from vggt_cli.formats.room import let_go, on_disk
 from vggt_cli.geometry import move
 from vggt_cli.scene import Cameras, ImageSet, Prediction, Similarity
 
@@ -20,110 +18,57 @@ AT_ONCE = 64  # frames read at a time
 
 @dataclass(frozen=True, eq=False)
 class Shelf:
-    """S frames and their prediction, large arrays in files of float16, filled window by window.
+    """A prediction of S frames as it grows; depth is kept within 0.05 %."""
 
-    Pixels of 8 bits come back exactly, depth within 0.05 %.
-    """
-
-    folder: Path
-    names: list[str]  # [S]
-    cameras: Cameras  # each frame's in the world of its window until `place`
-    source_from_network: Tensor  # [S, 3, 3]
-    source_size: Tensor  # [S, 2]
-    kinds: tuple[str, ...]  # the files: pixels, valid, depth, confidence, and tokens if there are
+    all: Prediction  # float16 on disk; cameras in the world of each frame's window until `place`
 
     @classmethod
-    def create(cls, folder: Path, count: int, images: ImageSet, prediction: Prediction) -> Shelf:
-        """Room in `folder` for `count` frames like those of a first window."""
-        rows = _rows(images, prediction)
-        for kind, values in rows.items():
-            file = folder / f"{kind}.npy"
-            shape = (count, *values.shape[1:])
-            np.lib.format.open_memmap(file, "w+", _dtype(kind), shape)  # a file with a hole
-        size = torch.tensor(images.size).expand(count, 2)
+    def like(cls, prediction: Prediction, count: int) -> Shelf:
+        """Room for `count` frames like those of `prediction`. OutputError where there is none."""
+        size = prediction.cameras.image_size[:1].expand(count, 2)
         cameras = Cameras(torch.zeros(count, 3, 4), torch.zeros(count, 3, 3), size)
-        to_source, source_size = torch.zeros(count, 3, 3).double(), torch.zeros(count, 2).long()
-        return cls(folder, [""] * count, cameras, to_source, source_size, tuple(rows))
-
-    def put(self, frames: Sequence[int], images: ImageSet, prediction: Prediction) -> None:
-        """These frames and their prediction into their places."""
-        index = list(frames)
-        for kind, values in _rows(images, prediction).items():
-            self._open(kind, "r+")[index] = _stored(values, kind).numpy()
-        for frame, name in zip(index, images.names, strict=True):
-            self.names[frame] = name
-        self.cameras.extrinsics[index] = prediction.cameras.extrinsics
-        self.cameras.intrinsics[index] = prediction.cameras.intrinsics
-        self.source_from_network[index] = images.source_from_network
-        self.source_size[index] = images.source_size
-
-    def prediction(self, frames: Sequence[int]) -> Prediction:
-        """What was put of these frames, in memory, without tokens."""
-        index = list(frames)
-        depth, confidence = (
-            torch.from_numpy(self._open(kind, "r")[index]).float()
-            for kind in ("depth", "confidence")
+        depth, confidence, tokens = (
+            None if x is None else on_disk((count, *x.shape[1:]), torch.float16)
+            for x in (prediction.depth, prediction.confidence, prediction.tokens)
         )
-        return Prediction(self.cameras[index], depth, confidence)
+        assert depth is not None
+        assert confidence is not None
+        return cls(Prediction(cameras, depth, confidence, tokens))  # a text is of all frames
 
-    def chunks(self) -> Iterator[tuple[ImageSet, Tensor | None]]:
+    def put(self, frames: Sequence[int], prediction: Prediction) -> None:
+        """What was predicted of these frames into their places."""
+        index = list(frames)
+        self.all.depth[index] = _half(prediction.depth)
+        self.all.confidence[index] = _half(prediction.confidence)
+        if self.all.tokens is not None and prediction.tokens is not None:
+            self.all.tokens[index] = _half(prediction.tokens)
+        self.all.cameras.extrinsics[index] = prediction.cameras.extrinsics
+        self.all.cameras.intrinsics[index] = prediction.cameras.intrinsics
+
+    def read(self, frames: Sequence[int]) -> Prediction:
+        """What was put of these frames, in memory, float32, without tokens."""
+        some = self.all[list(frames)]
+        return replace(
+            some, depth=some.depth.float(), confidence=some.confidence.float(), tokens=None
+        )
+
+    def chunks(self, images: ImageSet) -> Iterator[tuple[ImageSet, Tensor | None]]:
         """All frames and their tokens in order, AT_ONCE at a time."""
-        for start in range(0, len(self.names), AT_ONCE):
+        for start in range(0, len(images), AT_ONCE):
             some = slice(start, start + AT_ONCE)
-            images, tokens = self._images("r", some), None
-            if "tokens" in self.kinds:
-                tokens = torch.from_numpy(self._open("tokens", "r")[some].copy())
-            yield images, tokens
+            yield images[some], None if self.all.tokens is None else self.all.tokens[some]
+            let_go()
 
     def place(self, poses: Sequence[Similarity], owner: Tensor) -> None:
         """Moves every frame into the common world, of which `poses[owner[frame]]` are the way."""
         for number, pose in enumerate(poses):
             own = (owner == number).nonzero()[:, 0].tolist()
-            self.cameras.extrinsics[own] = move(self.cameras[own], pose).extrinsics
-            depth = self._open("depth", "r+")
-            scaled = torch.from_numpy(depth[own]).float() * pose.scale
-            depth[own] = _stored(scaled, "depth").numpy()
-
-    def whole(self) -> tuple[ImageSet, Prediction]:
-        """All of it as maps of the files, float16; changes stay in memory."""
-        depth, confidence, *tokens = (
-            torch.from_numpy(self._open(kind, "c")) for kind in self.kinds[2:]
-        )
-        prediction = Prediction(self.cameras, depth, confidence, tokens[0] if tokens else None)
-        return self._images("c", slice(None)), prediction
-
-    def _images(self, mode: str, frames: slice) -> ImageSet:
-        pixels, valid = (self._open(kind, mode)[frames] for kind in ("pixels", "valid"))
-        if mode == "r":
-            pixels, valid = pixels.copy(), valid.copy()
-        return ImageSet(
-            tuple(self.names[frames]),
-            torch.from_numpy(pixels),
-            torch.from_numpy(valid),
-            self.source_from_network[frames],
-            self.source_size[frames],
-        )
-
-    def _open(self, kind: str, mode: str) -> Array:
-        """The file mapped anew: what is not held is given back to the system."""
-        array: Array = np.lib.format.open_memmap(self.folder / f"{kind}.npy", mode)
-        return array
+            moved = move(self.all.cameras[own], pose)
+            self.all.cameras.extrinsics[own] = moved.extrinsics
+            self.all.depth[own] = _half(self.all.depth[own].float() * pose.scale)
+            let_go()
 
 
-def _rows(images: ImageSet, prediction: Prediction) -> dict[str, Tensor]:
-    rows = {
-        "pixels": images.pixels,
-        "valid": images.valid,
-        "depth": prediction.depth,
-        "confidence": prediction.confidence,
-    }
-    return rows if prediction.tokens is None else {**rows, "tokens": prediction.tokens}
-
-
-def _dtype(kind: str) -> type[np.generic]:
-    return np.bool_ if kind == "valid" else np.float16
-
-
-def _stored(values: Tensor, kind: str) -> Tensor:
-    """As the file has it; what float16 cannot hold is the largest that it can."""
-    return values if kind == "valid" else values.clamp(-HALF, HALF).half()
+def _half(values: Tensor) -> Tensor:
+    """As it is kept: what float16 cannot hold is the largest that it can."""
+    return values.clamp(-HALF, HALF).half()

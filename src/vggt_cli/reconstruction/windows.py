@@ -10,23 +10,22 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vggt_cli.formats import room
 from vggt_cli.geometry import move_prediction
 from vggt_cli.reconstruction import graph, loops
 from vggt_cli.reconstruction.graph import Link
 from vggt_cli.reconstruction.join import join, through
-from vggt_cli.reconstruction.shelf import Shelf
+from vggt_cli.reconstruction.shelf import AT_ONCE, Shelf
 from vggt_cli.scene import ImageSet, Prediction, Similarity
 
 log = logging.getLogger(__name__)
 
 Predict = Callable[[ImageSet], Prediction]  # of the frames of one window, in its own world
-Frames = Callable[[list[int]], ImageSet]  # decodes these frames, all sets at the same size
 LOOP_SIDE = 10  # frames of each side of a loop that the network sees together
 LOOPS = 0.5  # sought for each window, at most
 ASKED = 1000  # frames at most that tell whether a set is a sequence
@@ -35,11 +34,21 @@ ROUGH = 3.0  # times the usual residual of joints: a loop that fits worse is ref
 
 @dataclass(frozen=True, eq=False)
 class Joined:
-    """All frames in the world of frame 0, large arrays as maps of files; and how well it holds."""
+    """All frames in the world of frame 0, and how well it holds."""
 
-    images: ImageSet  # float16
-    prediction: Prediction  # float16
+    prediction: Prediction  # float16, on disk
     drift: dict[str, Any]  # see `_drift`
+
+    @property
+    def in_memory(self) -> Prediction:
+        """The prediction as a network gives it, float32."""
+        found = self.prediction
+        return dataclasses.replace(
+            found,
+            depth=found.depth.float(),
+            confidence=found.confidence.float(),
+            tokens=None if found.tokens is None else found.tokens.float(),
+        )
 
 
 def stream(predict: Predict, chunks: Iterable[ImageSet], overlap: int) -> Iterator[Prediction]:
@@ -115,36 +124,55 @@ def follows(vectors: Tensor) -> bool:
 
 
 def predict_windows(
-    predict: Predict, frames: Frames, windows: Sequence[list[int]], folder: Path
+    predict: Predict,
+    images: ImageSet,
+    windows: Sequence[list[int]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Joined:
     """All frames of `windows` in the world of frame 0; memory of one window.
 
     Every window but the first holds frames of earlier ones. Loops are found by looks, confirmed
     by predicting frames of both sides together, and closed by `graph.solve`.
-    folder: for the files that the result is a map of; about 12 bytes for each pixel of a frame.
-    Raises GeometryError if `predict` does.
+    images: of all frames, perhaps on disk. progress: windows done, of all.
+    Raises GeometryError if `predict` does; OutputError where the disk is full.
     """
     assert windows[0][0] == 0, windows[0][:3]
-    owner = torch.full((1 + max(max(window) for window in windows),), -1)
+    owner = torch.full((len(images),), -1)
     shelf: Shelf | None = None
     links: list[Link] = []
     for number, window in enumerate(windows):
-        images = frames(window)
-        prediction = predict(images)
+        prediction = predict(exact(images[window]))
         if shelf is None:
-            shelf = Shelf.create(folder, len(owner), images, prediction)
-        links += _links(number, window, owner, shelf, images, prediction)
+            shelf = Shelf.like(prediction, len(images))
+        links += _links(number, window, owner, shelf, images.valid, prediction)
         new = [k for k, frame in enumerate(window) if owner[frame] < 0]
         owner[[window[k] for k in new]] = number
-        shelf.put([window[k] for k in new], images[new], prediction[new])
+        shelf.put([window[k] for k in new], prediction[new])
+        room.let_go()
+        progress(number + 1, len(windows))
     assert shelf is not None
     assert (owner >= 0).all(), "a frame is in no window"
-    found = _loops(predict, frames, shelf, owner, links) if len(windows) > 1 else []
+    found = _loops(predict, images, shelf, owner, links) if len(windows) > 1 else []
     start = graph.chain(len(windows), links)
     poses = graph.solve(start, links + found)
     log.info("%d windows, %d loops closed", len(windows), len(found))
     shelf.place(poses, owner)
-    return Joined(*shelf.whole(), _drift(shelf.names, links, found, start, poses))
+    room.let_go()
+    return Joined(shelf.all, _drift(images.names, links, found, start, poses))
+
+
+def chunks(images: ImageSet) -> Iterator[ImageSet]:
+    """All frames in order, few at a time."""
+    for start in range(0, len(images), AT_ONCE):
+        yield images[start : start + AT_ONCE]
+        room.let_go()
+
+
+def exact(images: ImageSet) -> ImageSet:
+    """The images as they were before they lay on disk: float32 of 8-bit values."""
+    if images.pixels.dtype == torch.float32:
+        return images
+    return dataclasses.replace(images, pixels=(images.pixels.float() * 255).round() / 255)
 
 
 def _links(
@@ -152,7 +180,7 @@ def _links(
     window: list[int],
     owner: Tensor,
     shelf: Shelf,
-    images: ImageSet,
+    valid: Tensor,
     prediction: Prediction,
 ) -> list[Link]:
     """The window's joints to the earlier ones that own frames of it."""
@@ -160,32 +188,35 @@ def _links(
     found = []
     for other in of_frame[of_frame >= 0].unique().tolist():
         shared = (of_frame == other).nonzero()[:, 0].tolist()
-        known = shelf.prediction([window[k] for k in shared])
-        joint = join(known, prediction[shared], images.valid[shared])
+        frames = [window[k] for k in shared]
+        joint = join(shelf.read(frames), prediction[shared], valid[frames])
         found.append(Link(other, number, joint))
     return found
 
 
 def _loops(
-    predict: Predict, frames: Frames, shelf: Shelf, owner: Tensor, links: Sequence[Link]
+    predict: Predict, images: ImageSet, shelf: Shelf, owner: Tensor, links: Sequence[Link]
 ) -> list[Link]:
     """Links between far windows that the network confirms."""
     count = links[-1].second + 1
     usual = float(torch.tensor([link.joint.residual for link in links]).median())
     pairs = loops.candidates(
-        loops.descriptors(shelf.chunks()), owner, graph.hops(count, links), int(LOOPS * count) + 1
+        loops.descriptors(shelf.chunks(images)),
+        owner,
+        graph.hops(count, links),
+        int(LOOPS * count) + 1,
     )
     found = []
     for i, j in pairs:
         sides = [_around(frame, owner) for frame in (i, j)]
-        images = frames(sides[0] + sides[1])
-        prediction = predict(images)
+        both = exact(images[sides[0] + sides[1]])
+        prediction = predict(both)
         first = len(sides[0])
         halves = slice(0, first), slice(first, None)
-        if not loops.sees_both(prediction, images.valid, first):
+        if not loops.sees_both(prediction, both.valid, first):
             continue
         joints = [
-            join(shelf.prediction(side), prediction[half], images.valid[half])
+            join(shelf.read(side), prediction[half], both.valid[half])
             for side, half in zip(sides, halves, strict=True)
         ]
         joint = through(*joints)
