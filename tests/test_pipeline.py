@@ -13,7 +13,7 @@ from vggt_cli.errors import GeometryError, InputError, MemoryExceeded, WeightsEr
 from vggt_cli.formats import export
 from vggt_cli.models import weights
 from vggt_cli.models.layers import Outputs
-from vggt_cli.reconstruction import pipeline, predict
+from vggt_cli.reconstruction import pipeline, predict, sequence
 from vggt_cli.reconstruction.settings import Options
 from vggt_cli.scene import Scene
 
@@ -159,14 +159,14 @@ def test_running_out_of_memory_names_the_step_and_the_work(
     def greedy(*_: object) -> Tensor:
         return torch.empty(1 << 50)
 
-    monkeypatch.setattr(pipeline, "predict", greedy)
+    monkeypatch.setattr(sequence, "predict", greedy)
     with pytest.raises(MemoryExceeded, match="'predict': 1 images of"):
         reconstructed(tmp_path)
 
     def broken(*_: object) -> None:
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(pipeline, "predict", broken)
+    monkeypatch.setattr(sequence, "predict", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         reconstructed(tmp_path)
 

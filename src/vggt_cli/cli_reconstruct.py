@@ -10,7 +10,7 @@ import typer
 
 from vggt_cli import cli_batch
 from vggt_cli.cli_scenes import Format
-from vggt_cli.terminal import Progress, diagnosed, print_scene, speak
+from vggt_cli.terminal import Progress, diagnosed, print_plan, print_scene, speak
 
 
 class Camera(enum.StrEnum):

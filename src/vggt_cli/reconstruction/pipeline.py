@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vggt_cli.errors import InputError
+from vggt_cli.formats import decode
 from vggt_cli.formats import images as photos
-from vggt_cli.formats.decode import upright_sizes, words
 from vggt_cli.formats.lenses import camera_groups
 from vggt_cli.formats.names import few
 from vggt_cli.geometry import resize, share_intrinsics
@@ -52,19 +52,18 @@ def reconstruct(
     with stages.stage("load images"):
         root, paths = inputs.find(source, options.inputs)
         sources = inputs.gather(root, paths, options.inputs, progress)
-        planned = setting.plan(options, upright_sizes(sources.paths), len(sources.paths))
-        work = planned.work
+        sizes = decode.upright_sizes(sources.paths)
+        work = setting.plan(options, sizes, len(sources.paths)).work
         loaded = inputs.read(sources, setting.shaping, work.on_disk, options.strict, progress)
     warnings = [*setting.warnings, *sources.warnings, *_unrefined(work, options)]
-    stages.work = f"{len(loaded.images)} images of {words(loaded.images.size)}"
-    group = camera_groups(loaded.photos, options.camera)
-    prior = _prior(options, loaded)
+    stages.work = f"{len(loaded.images)} images of {decode.words(loaded.images.size)}"
+    group, prior = camera_groups(loaded.photos, options.camera), _prior(options, loaded)
     with stages.stage("load weights"):
         heads = ["text"] * options.save_tokens + ["track"] * work.refined
         wanted = weights.Wanted(options.model, setting.device, setting.dtype, tuple(heads))
         network, used = weights.kept(wanted, networks, partial(progress, "load weights"))
     with stages.stage("predict"):
-        prediction, drift = predicted(network, loaded.images, planned, stages)
+        prediction, drift = predicted(network, loaded.images, work, stages)
     raw, prediction = prediction.cameras, _with_shared_cameras(prediction, group)
     start = given.begin(prior, prediction, group, loaded.images)
     how = options if work.refined else dataclasses.replace(options, refine="none")

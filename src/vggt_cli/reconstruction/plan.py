@@ -85,7 +85,7 @@ def amounts(work: Work) -> dict[str, float]:
     H, W = work.size
     S, n, windows = work.frames, min(work.window, work.frames), work.windows
     T = (H // work.patch_size) * (W // work.patch_size) + SPECIAL
-    loops = LOOPS * windows if windows > 1 else 0.0
+    loops, side = (LOOPS * windows if windows > 1 else 0.0), min(LOOP_SIDE, n // 2)
     pairs = S * (S - 1) / 2
     if S > EXHAUSTIVE:  # some are chosen by several of the three
         pairs = min(pairs, S * (BY_GEOMETRY + BY_LOOKS + BY_ORDER))
@@ -98,9 +98,9 @@ def amounts(work: Work) -> dict[str, float]:
         "photo": work.photo_pixels,
         "maps": S * H * W,
         "held": held * H * W,
-        "tokens": (windows * n + loops * 2 * LOOP_SIDE) * T,
-        "frame attention": (windows * n + loops * 2 * LOOP_SIDE) * T**2,
-        "set attention": windows * (n * T) ** 2 + loops * (2 * LOOP_SIDE * T) ** 2,
+        "tokens": (windows * n + loops * 2 * side) * T,
+        "frame attention": (windows * n + loops * 2 * side) * T**2,
+        "set attention": windows * (n * T) ** 2 + loops * (2 * side * T) ** 2,
         "frame tokens": T,
         "window tokens": n * T,
         "pairs": pairs if work.refined else 0,

@@ -20,13 +20,12 @@ log = logging.getLogger(__name__)
 Predicted = tuple[Prediction, dict[str, Any] | None]
 
 
-def predicted(network: Network, images: ImageSet, planned: plan.Plan, stages: Stages) -> Predicted:
+def predicted(network: Network, images: ImageSet, work: plan.Work, stages: Stages) -> Predicted:
     """What `network` says of all frames; and how well windows hold together, if there are some.
 
     In memory, float32, unless the work is on disk. Where memory does not suffice, in windows of
     half as many frames; raises MemoryExceeded if that is too much as well.
     """
-    work = planned.work
     most = min(work.window, len(images))
     try:
         return _in_windows(network, images, dataclasses.replace(work, window=most), stages.progress)

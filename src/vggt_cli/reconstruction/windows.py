@@ -199,6 +199,7 @@ def _loops(
 ) -> list[Link]:
     """Links between far windows that the network confirms."""
     count = links[-1].second + 1
+    side = min(LOOP_SIDE, int(owner.bincount().max()) // 2)  # no more frames than a window has
     usual = float(torch.tensor([link.joint.residual for link in links]).median())
     pairs = loops.candidates(
         loops.descriptors(shelf.chunks(images)),
@@ -208,7 +209,7 @@ def _loops(
     )
     found = []
     for i, j in pairs:
-        sides = [_around(frame, owner) for frame in (i, j)]
+        sides = [_around(frame, owner, side) for frame in (i, j)]
         both = exact(images[sides[0] + sides[1]])
         prediction = predict(both)
         first = len(sides[0])
@@ -227,12 +228,12 @@ def _loops(
     return found
 
 
-def _around(frame: int, owner: Tensor) -> list[int]:
-    """Up to LOOP_SIDE frames of the window that owns `frame`, on both sides of it."""
+def _around(frame: int, owner: Tensor, count: int) -> list[int]:
+    """Up to `count` frames of the window that owns `frame`, on both sides of it."""
     own = (owner == owner[frame]).nonzero()[:, 0].tolist()
     at = own.index(frame)
-    start = max(0, min(at - LOOP_SIDE // 2, len(own) - LOOP_SIDE))
-    return own[start : start + LOOP_SIDE]
+    start = max(0, min(at - count // 2, len(own) - count))
+    return own[start : start + count]
 
 
 def _drift(
