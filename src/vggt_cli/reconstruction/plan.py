@@ -101,6 +101,7 @@ def amounts(work: Work) -> dict[str, float]:
         "tokens": (windows * n + loops * 2 * side) * T,
         "frame attention": (windows * n + loops * 2 * side) * T**2,
         "set attention": windows * (n * T) ** 2 + loops * (2 * side * T) ** 2,
+        "joints": windows - 1,
         "frame tokens": T,
         "window tokens": n * T,
         "pairs": pairs if work.refined else 0,
@@ -108,6 +109,7 @@ def amounts(work: Work) -> dict[str, float]:
         "refined": float(work.refined),
         "refined frames": S * work.refined,
         "refined photo": work.photo_pixels * work.refined,
+        "refined photos": S * work.photo_pixels * work.refined,
         "candidates": min(S * H * W, most),
         "sightings": S * min(work.points, S * H * W),
     }

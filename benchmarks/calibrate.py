@@ -1,0 +1,238 @@
+"""Measures what each step of a run costs here, and writes the constants that plans are made of.
+
+python benchmarks/calibrate.py            mini, and all steps that no network changes
+python benchmarks/calibrate.py FILE...    networks in files of weights as they are published
+
+Runs whole reconstructions of rendered photos in processes of their own, fits the constants of
+`plan.amounts` to the seconds and the peak memory of each step, and says how far they are off on
+sets that the fit has not seen. Nothing else may run meanwhile.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_refine import photographs
+from common import ROOT, write
+from PIL import Image
+from scipy.optimize import nnls
+
+from vggt_cli.models.weights import identify
+from vggt_cli.reconstruction import plan
+from vggt_cli.reconstruction.plan import Work
+
+COSTS = ROOT / "src/vggt_cli/reconstruction/costs.json"
+# Photos, (height, width) of them, refined, frames at once.
+SEEN = [
+    (2, (768, 1024), True, 120),
+    (4, (768, 1024), True, 120),
+    (12, (768, 1024), True, 120),
+    (24, (768, 1024), True, 120),
+    (44, (768, 1024), True, 120),
+    (12, (1536, 2048), True, 120),
+    (28, (1536, 2048), True, 120),
+    (12, (512, 1024), True, 120),
+    (3, (3000, 4000), False, 120),
+    (20, (3000, 4000), False, 120),
+    (12, (768, 1024), False, 120),
+    (60, (512, 1024), False, 120),
+    (60, (768, 1024), False, 20),
+    (100, (768, 1024), False, 120),
+    (200, (768, 1024), False, 120),
+    (400, (768, 1024), False, 60),
+    (400, (768, 768), False, 100),
+]
+HELD_OUT = [
+    (8, (1200, 1600), True, 120),
+    (18, (768, 1024), True, 120),
+    (34, (900, 1200), True, 120),
+    (40, (1200, 1600), False, 120),
+    (80, (600, 1024), False, 120),
+    (300, (768, 1024), False, 80),
+    (600, (512, 1024), False, 120),
+]
+LARGE_SEEN = [(1, 1.0), (2, 1.0), (4, 1.0), (1, 0.5), (4, 0.5), (8, 0.5), (12, 0.5)]
+LARGE_HELD_OUT = [(3, 1.0), (6, 0.5), (3, 0.7)]
+# What each step's cost may be a sum of.
+SECONDS = {
+    "load images": ("run", "frames", "photos", "maps"),
+    "load weights": ("run",),
+    "predict": ("run", "tokens", "frame attention", "set attention", "joints"),
+    "find tracks": ("refined", "refined frames", "refined photos", "pairs"),
+    "refine": ("refined", "refined frames", "pairs"),
+    "fuse": ("run", "maps", "candidates", "sightings"),
+    "diagnose": ("run", "frames", "photos", "all pairs"),
+    "write": ("run", "frames", "photos", "maps", "candidates"),
+}
+BYTES = {
+    "load images": ("run", "photo", "held"),
+    "load weights": ("run", "held"),
+    "predict": ("run", "frame tokens", "window tokens", "held"),
+    "find tracks": ("run", "refined photo", "refined frames", "held"),
+    "refine": ("run", "refined frames", "pairs", "held"),
+    "fuse": ("run", "candidates", "held"),
+    "diagnose": ("run", "photo", "candidates", "held"),
+    "write": ("run", "photo", "candidates", "held"),
+}
+OF_NETWORK = ("load weights", "predict")
+RUN = """
+import json, sys, time
+from pathlib import Path
+from vggt_cli.formats import export
+from vggt_cli.reconstruction import pipeline
+from vggt_cli.reconstruction.settings import Options, settle
+from vggt_cli.formats.decode import upright_sizes
+source, out, options = sys.argv[1], sys.argv[2], Options(**json.loads(sys.argv[3]))
+steps, begun = {}, {}
+def said(stage, done, total):
+    if done == total == 0:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        begun[stage] = time.perf_counter()
+    elif done == total == 1 and stage in begun:
+        status = Path("/proc/self/status").read_text()
+        peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+        steps[stage] = {"seconds": time.perf_counter() - begun.pop(stage), "bytes": peak}
+scene = pipeline.reconstruct(source, options, said)
+said("write", 0, 0)
+export.write(scene, Path(out))
+said("write", 1, 1)
+paths = sorted(Path(source).iterdir())
+work = settle(options).plan(options, upright_sizes(paths), len(paths)).work
+print(json.dumps({"steps": steps, "work": vars(work)}))
+"""
+
+
+def measured(source: Path, options: dict[str, Any]) -> tuple[Work, dict[str, dict[str, float]]]:
+    """The work of one run in a process of its own, and seconds and peak bytes of its steps."""
+    with tempfile.TemporaryDirectory() as place:
+        run = subprocess.run(
+            [sys.executable, "-c", RUN, source, f"{place}/scene", json.dumps(options)],
+            capture_output=True, text=True, check=False, env={**os.environ, "VGGT_HOME": place},
+        )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    work = Work(**{**found["work"], "size": tuple(found["work"]["size"])})
+    print(json.dumps(found), flush=True)
+    return work, found["steps"]
+
+
+def folder_of(originals: Path, count: int, size: tuple[int, int], place: Path) -> Path:
+    """So many photos of that size; where there are fewer, they come again, a little brighter."""
+    folder, (h, w) = Path(tempfile.mkdtemp(dir=place)), size
+    paths = sorted(originals.iterdir())
+    for i in range(count):
+        again = 2 * (i // len(paths))
+        with Image.open(paths[i % len(paths)]) as photo:
+            scale = max(h / photo.height, w / photo.width)
+            whole = photo.resize((round(photo.width * scale), round(photo.height * scale)))
+        brighter = whole.crop((0, 0, w, h)).point([min(255, v + again) for v in range(256)] * 3)
+        brighter.save(folder / f"{i:04d}.jpg", quality=92)
+    return folder
+
+
+Runs = list[tuple[Work, dict[str, dict[str, float]]]]
+
+
+def fitted(runs: Runs, kind: str, terms: dict[str, tuple[str, ...]]) -> dict[str, dict[str, float]]:
+    """Constants of each step: none negative, least error relative to what was measured."""
+    result = {}
+    for step, names in terms.items():
+        rows, values = [], []
+        for work, steps in runs:
+            if step in steps:
+                of = plan.amounts(work)
+                rows.append([of[name] for name in names])
+                values.append(max(steps[step][kind], 0.05 if kind == "seconds" else 1))
+        if rows:
+            scale = np.array(rows).max(0).clip(1e-9)
+            weighted = np.array(rows) / scale / np.array(values)[:, None]
+            found, _ = nnls(weighted, np.ones(len(values)))
+            kept = zip(names, found / scale, strict=True)
+            result[step] = {name: float(f"{c:.4g}") for name, c in kept if c > 0}
+    return result
+
+
+def compared(runs: Runs) -> list[dict[str, Any]]:
+    """Predicted beside measured."""
+    lines = []
+    for work, steps in runs:
+        planned = plan.foresee(work)
+        took = sum(step["seconds"] for step in steps.values())
+        peak = max(step["bytes"] for step in steps.values()) / 1e9
+        lines.append(
+            {
+                "images": work.frames,
+                "size": list(work.size),
+                "megapixels": round(work.photo_pixels / 1e6, 2),
+                "refined": work.refined,
+                "window": work.window,
+                "seconds": _both(took, sum(planned.seconds.values())),
+                "gigabytes": _both(peak, planned.peak_memory / 1e9),
+                "steps": {
+                    name: [round(step["seconds"], 2), round(planned.seconds[name], 2)]
+                    for name, step in steps.items()
+                },
+            }
+        )
+    return lines
+
+
+def _both(measured: float, predicted: float) -> dict[str, float]:
+    found = {"measured": measured, "predicted": predicted, "error": predicted / measured - 1}
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def main(files: list[str]) -> None:
+    """Measure, fit, write, and say how far off."""
+    costs = json.loads(COSTS.read_text())
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        originals = place / "rendered"
+        originals.mkdir()
+        photographs(48, originals)
+        for model in files or ["mini"]:
+            seen, unseen = (_runs(model, which, originals, place) for which in (True, False))
+            _learn(costs, seen, bool(files))
+            COSTS.write_text(json.dumps(costs, indent=1) + "\n")
+            plan.costs.cache_clear()
+            figures = {"fitted": compared(seen), "held out": compared(unseen)}
+            config = seen[0][0].config
+            print(json.dumps(figures["held out"], indent=1))
+            print(write(f"plan_{config}", figures))
+
+
+def _runs(model: str, seen: bool, originals: Path, place: Path) -> Runs:
+    sets: list[tuple[int, tuple[int, int], dict[str, Any]]] = []
+    if model == "mini":
+        for n, size, refined, window in SEEN if seen else HELD_OUT:
+            sets.append((n, size, {"refine": "ba" if refined else "none", "window": window}))
+    else:
+        full = identify(model)[0].shaping.resolution
+        for n, part in LARGE_SEEN if seen else LARGE_HELD_OUT:
+            sets.append((n, (768, 1024), {"refine": "none", "resolution": round(full * part)}))
+    return [
+        measured(folder_of(originals, n, size, place), {"model": model, **options})
+        for n, size, options in sets
+    ]
+
+
+def _learn(costs: dict[str, Any], runs: Runs, network_alone: bool) -> None:
+    seconds, peaks = fitted(runs, "seconds", SECONDS), fitted(runs, "bytes", BYTES)
+    steps = {s: {"seconds": seconds[s], "bytes": peaks[s]} for s in seconds}
+    work = runs[0][0]
+    known = {step: steps.pop(step) for step in OF_NETWORK}
+    costs["networks"][f"{work.config} {work.device} {work.dtype}"] = known
+    if not network_alone:
+        costs["steps"] = steps
+        capability = torch.backends.cpu.get_cpu_capability()
+        costs["machine"] = f"{torch.get_num_threads()} threads of a CPU with {capability}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
