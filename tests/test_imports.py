@@ -94,7 +94,7 @@ BESIDE = {
             *("plan", "refine", "sequence", "settings", "stages", "tracks"),
         },
         "plan": {"fuse", "pairs", "windows"},
-        "settings": {"inputs", "plan"},
+        "settings": {"inputs", "pairs", "plan"},
         "sequence": {"loops", "plan", "predict", "stages", "windows"},
         "matches": set(),
         "pairs": {"matches"},

@@ -119,6 +119,7 @@ CATALOG = (
         0,
         OURS,
         Shaping("balanced", 288, 32),
+        window=16,
     ),
 )
 

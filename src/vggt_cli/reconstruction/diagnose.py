@@ -15,7 +15,7 @@ from vggt_cli.geometry import project, resize, unproject
 from vggt_cli.reconstruction.improve import Improved
 from vggt_cli.reconstruction.lenses import against_headers, bent, scattered
 from vggt_cli.reconstruction.looks import blurred, components, copies, sharpness
-from vggt_cli.reconstruction.pairs import SAMPLES, covisible
+from vggt_cli.reconstruction.pairs import ALL_PAIRS, SAMPLES, covisible
 from vggt_cli.reconstruction.tracks import FeatureTracks
 from vggt_cli.scene import Cameras, Finding, Photo, Prediction, Refinement
 
@@ -38,25 +38,35 @@ def diagnose(
 ) -> tuple[Finding, ...]:
     """All findings on a set of photos and what was made of it, none for a sound one.
 
+    Of more than ALL_PAIRS photos every one is looked at, and not every two.
+
     raw: the network's cameras before any were shared; None where they are not known. group: frame
     i shares its lens with those of equal group[i].
     Reads the photos. Raises InputError if one cannot be read.
     """
-    images, prediction, refinement = improved.images, improved.prediction, improved.refinement
-    found = improved.found
-    linked = _linked(prediction, images.valid, found)
-    cameras = resize(prediction.cameras, images.source_from_network, images.source_size)
+    images, found, refinement = improved.images, improved.found, improved.refinement
+    cameras = resize(improved.prediction.cameras, images.source_from_network, images.source_size)
     findings = [
-        *strangers(images.names, components(linked), "feature" if found else "surface"),
-        *layers(images.names, disagreement(prediction, images.valid, linked), refinement),
+        *(_of_pairs(improved) if len(photos) <= ALL_PAIRS else []),
         *soft(photos, sharpness(photos)),
-        *twice(images.names, copies(images)),
         *([] if raw is None else scattered(photos, raw, group)),
         *against_headers(photos, refinement.lens.cameras if refinement else cameras),
     ]
     if found and refinement and refinement.method != "none":
         findings += bent(photos, found.tracks, refinement.lens)
     return tuple(findings)
+
+
+def _of_pairs(improved: Improved) -> list[Finding]:
+    """What comparing every two photos tells."""
+    images, prediction, found = improved.images, improved.prediction, improved.found
+    linked = _linked(prediction, images.valid, found)
+    differ = disagreement(prediction, images.valid, linked)
+    return [
+        *strangers(images.names, components(linked), "feature" if found else "surface"),
+        *layers(images.names, differ, improved.refinement),
+        *twice(images.names, copies(images)),
+    ]
 
 
 def _linked(prediction: Prediction, valid: Tensor, found: FeatureTracks | None) -> Tensor:

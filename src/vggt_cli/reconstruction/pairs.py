@@ -16,6 +16,7 @@ from vggt_cli.geometry import project, resize, unproject
 from vggt_cli.reconstruction.matches import match
 from vggt_cli.scene import Cameras, ImageSet, Prediction, Tracks
 
+ALL_PAIRS = 300  # photos at most of which tables of every two are made unasked
 EXHAUSTIVE = 20  # photos up to which every pair is compared: 190 pairs
 BY_GEOMETRY, BY_LOOKS, BY_ORDER = 10, 5, 2  # partners of a photo beyond that
 AGREEMENT = 0.2  # of the depth: rough networks may err that much and still see the same place

@@ -24,7 +24,7 @@ from vggt_cli.reconstruction.detect import cache_folder
 from vggt_cli.reconstruction.diagnose import diagnose
 from vggt_cli.reconstruction.fuse import FuseOptions, fuse
 from vggt_cli.reconstruction.improve import Improved, colored, improve
-from vggt_cli.reconstruction.pairs import guess, guess_from_tracks
+from vggt_cli.reconstruction.pairs import ALL_PAIRS, guess, guess_from_tracks
 from vggt_cli.reconstruction.refine import RefineOptions
 from vggt_cli.reconstruction.sequence import predicted
 from vggt_cli.reconstruction.settings import Options, Setting, settle
@@ -103,7 +103,7 @@ def _unrefined(work: plan.Work, options: Options) -> list[str]:
         return []
     return _warned(
         [
-            f"{work.frames} images, so the predicted cameras are kept; up to {plan.ALL_PAIRS} are "
+            f"{work.frames} images, so the predicted cameras are kept; up to {ALL_PAIRS} are "
             "refined, or as many as there are with --refine ba"
         ]
     )

@@ -19,11 +19,16 @@ from vggt_cli.device import OPERATIONS
 from vggt_cli.errors import InputError, MemoryExceeded
 from vggt_cli.models.networks import CONFIGS
 from vggt_cli.reconstruction.fuse import CANDIDATES
-from vggt_cli.reconstruction.pairs import BY_GEOMETRY, BY_LOOKS, BY_ORDER, EXHAUSTIVE
+from vggt_cli.reconstruction.pairs import (
+    ALL_PAIRS,
+    BY_GEOMETRY,
+    BY_LOOKS,
+    BY_ORDER,
+    EXHAUSTIVE,
+)
 from vggt_cli.reconstruction.windows import LOOP_SIDE, LOOPS
 
 DENSE_POINTS = 2_000_000  # in points.ply
-ALL_PAIRS = 300  # frames at most of which every two are compared: refinement, diagnosis
 LEAST = 2  # frames of a window: with one there is nothing to join
 SPARE = 0.9  # of the memory that there is
 SPECIAL = 17  # tokens of a frame beside its patches

@@ -14,7 +14,7 @@ from vggt_cli import device as devices
 from vggt_cli.formats import images
 from vggt_cli.models import weights
 from vggt_cli.models.catalog import CATALOG, Entry
-from vggt_cli.reconstruction import plan
+from vggt_cli.reconstruction import pairs, plan
 from vggt_cli.reconstruction.inputs import InputOptions
 from vggt_cli.scene import Shaping
 
@@ -68,7 +68,7 @@ class Setting:
         shaped = [images.network_size(size, self.shaping) for size in sizes]
         H, W = (max(size[axis] for size in shaped) for axis in (0, 1))
         refined = options.refine in ("ba", "sfm") or (
-            options.refine == "auto" and count <= plan.ALL_PAIRS
+            options.refine == "auto" and count <= pairs.ALL_PAIRS
         )
         work = plan.Work(
             config=self.weights.config,
