@@ -231,7 +231,9 @@ def measured(place: Path, count: int, longest: float = LONGEST) -> dict[str, Any
             "scenes made": len(seen.said),
             "faults": seen.faults,
             "differences": differences(whole, folder / "scenes"),
-            "left in the temporary folder": sorted(os.listdir(folder / "temporary")),
+            "left in the temporary folder": sorted(
+                p.name for p in (folder / "temporary").iterdir()
+            ),
         }
         print(json.dumps(figures[f"workers: {workers}"], indent=1), flush=True)
     return figures
