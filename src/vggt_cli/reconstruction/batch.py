@@ -5,10 +5,15 @@ A job that fails, or whose process dies, becomes a line that says so, and the re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import multiprocessing
+import os
+import signal
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,21 +21,28 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from vggt_cli.device import share
 from vggt_cli.errors import InputError, VggtError
 from vggt_cli.formats import export, scene_read, writers
 from vggt_cli.formats.claims import claimed
 from vggt_cli.models.store import home
 from vggt_cli.models.weights import Networks
 from vggt_cli.reconstruction import pipeline
+from vggt_cli.reconstruction.plan import memory_of
 from vggt_cli.reconstruction.settings import Options
 from vggt_cli.reconstruction.stages import Progress, silent
 
 log = logging.getLogger(__name__)
 
 FORM = 'a line is an object such as {"input": "photos/a", "out": "scenes/a", "refine": "none"}'
-KNOWN = {field.name: field for field in dataclasses.fields(Options)}
+CAMERA = Literal["auto", "per-image", "shared", "per-folder"]
+KNOWN = get_type_hints(Options) | {"camera": CAMERA}
+# As `vggt reconstruct` bounds them.
+LEAST = {"points": 1, "confidence": 0, "resolution": 16, "fps": 0.001, "frames": 1, "window": 2}
+MOST = {"confidence": 99.9}
 BUG, DIED = 70, 71  # exit codes of a job: our mistake; its process ended without a word
 
 
@@ -82,13 +94,16 @@ def _job(line: str, usual: Options, place: str) -> Job:
         raise InputError(f"{place} is no object: {line.strip()[:60]}", FORM)
     source, out = content.pop("input", None), content.pop("out", None)
     formats, html = content.pop("format", []), content.pop("html", True)
+    if not _fits(formats, list[str]) or not _fits(html, bool):
+        raise InputError(f"{place}: format is a list of names, html is true or false", FORM)
     if not isinstance(source, str) or not isinstance(out, str):
         raise InputError(f"{place} lacks input or out: {line.strip()[:60]}", FORM)
+    if isinstance(content.get("max_memory"), str):
+        content["max_memory"] = memory_of(content["max_memory"])
     for name, value in content.items():
         if name not in KNOWN:
             raise InputError(f"{place}: no such option: {name}", f"options: {', '.join(KNOWN)}")
-        kinds = {type(getattr(usual, name)), type(KNOWN[name].default)} - {type(None)}
-        if not isinstance(value, (*kinds, *([int] if float in kinds else []))) and kinds:
+        if not _fits(value, KNOWN[name]) or not _in_range(name, value):
             raise InputError(f"{place}: {name} cannot be {json.dumps(value)}", FORM)
     unknown = [name for name in formats if name not in writers.WRITERS]
     if unknown:
@@ -96,6 +111,22 @@ def _job(line: str, usual: Options, place: str) -> Job:
     options = dataclasses.replace(usual, **content)
     extra = ["tokens"] if options.save_tokens else []
     return Job(source, Path(out), options, (*formats, *extra), bool(html))
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value of JSON is of that type."""
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in inner
+    if isinstance(kind, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(one, *inner) for one in value)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _in_range(name: str, value: Any) -> bool:
+    return value is None or LEAST.get(name, value) <= value <= MOST.get(name, value)
 
 
 def shard(jobs: Sequence[Job], text: str) -> list[Job]:
@@ -174,7 +205,25 @@ _networks: Networks = {}  # of a worker's process
 
 
 def _work(job: Job, how: How) -> dict[str, Any]:
-    return do(job, how, _networks)
+    with contextlib.suppress(SystemExit):
+        return do(job, how, _networks)
+    os._exit(DIED)  # told to end: a pool would hand it the next job
+
+
+def _begin(workers: int) -> None:
+    """A worker ends as its parent says, what it began to write removed; and with its parent."""
+    share(workers)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, which the parent hears too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells nobody, and the next run would find its scenes claimed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(DIED)
 
 
 def _side_by_side(jobs: Sequence[Job], how: How) -> Iterator[dict[str, Any]]:
@@ -193,9 +242,11 @@ def _side_by_side(jobs: Sequence[Job], how: How) -> Iterator[dict[str, Any]]:
 def _in_processes(rest: list[Job], how: How, workers: int) -> Iterator[dict[str, Any]]:
     """Results as they come, their jobs taken from `rest`; ends early where a process died."""
     # Not forked: threads of torch do not survive it.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(_work, job, how): job for job in rest}
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _begin, (workers,)
+    ) as pool:
         try:
+            futures = {pool.submit(_work, job, how): job for job in rest}
             for future in as_completed(futures):
                 line = future.result()
                 rest.remove(futures[future])
