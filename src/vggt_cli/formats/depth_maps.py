@@ -94,7 +94,7 @@ def normals(view: View) -> Tensor:
 
 def write(scene: Scene, model: Model, folder: Path) -> None:
     """All that this module's head lists, in `folder`. Raises OutputError without any depth."""
-    nearest = max(float((1 / view.depth[view.sure]).max()) for view in _seeing(scene, model))
+    nearest = _nearest(scene, model)
     stereo = folder / "colmap_dense" / "stereo"
     places = [stereo / "depth_maps", stereo / "normal_maps"]
     for place in (*places, folder / "inverse_depths", folder / "depths"):
@@ -120,11 +120,13 @@ def write(scene: Scene, model: Model, folder: Path) -> None:
     _write_workspace(scene, model, folder)
 
 
-def _seeing(scene: Scene, model: Model) -> list[View]:
-    found = [view for view in views(scene, model) if view.sure.any()]
+def _nearest(scene: Scene, model: Model) -> float:
+    """The largest inverse depth of a sure pixel. Raises OutputError where there is none."""
+    sure = (view.depth[view.sure] for view in views(scene, model))
+    found = [float((1 / depth).max()) for depth in sure if len(depth)]
     if not found:
         raise OutputError("no pixel of this scene has a depth")
-    return found
+    return max(found)
 
 
 def _write_workspace(scene: Scene, model: Model, folder: Path) -> None:
