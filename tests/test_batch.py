@@ -80,6 +80,31 @@ def test_a_line_that_cannot_be_is_named(lines: list[str], words: str) -> None:
         batch.read_jobs(lines, USUAL)
 
 
+def test_a_line_ends_where_json_lines_end_it(tmp_path: Path) -> None:
+    names = ["a\u2028b", "a\x85b"]
+    lines = [json.dumps({"input": n, "out": n[::-1]}, ensure_ascii=False) for n in names]
+    (tmp_path / "jobs.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
+    jobs = batch.read_jobs(cli_batch._lines(str(tmp_path / "jobs.jsonl")), USUAL)
+    assert [one.source for one in jobs] == names
+
+
+def test_a_job_for_another_folder_takes_its_files_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("masks", "poses", "mini"):
+        Path(name).mkdir()
+    Path("own.safetensors").touch()
+    options = {"masks": "masks", "poses": "poses", "intrinsics": "9,9,5,5"}
+    far = batch._absolute(job(Path("photos"), Path("out"), **options))
+    assert (far.source, far.out) == (str(tmp_path / "photos"), tmp_path / "out")
+    assert far.options.masks == str(tmp_path / "masks")
+    assert far.options.poses == str(tmp_path / "poses")
+    assert (far.options.intrinsics, far.options.model) == ("9,9,5,5", "mini")
+    own = batch._absolute(job(Path("photos"), Path("out"), model="own.safetensors"))
+    assert own.options.model == str(tmp_path / "own.safetensors")
+
+
 def test_parts_of_the_jobs_make_up_all_of_them() -> None:
     jobs = [Job(str(i), Path(str(i)), USUAL) for i in range(7)]
     parts = [batch.shard(jobs, f"{i}/3") for i in (1, 2, 3)]
@@ -169,12 +194,13 @@ def test_a_mask_of_another_photo_is_another_content(photos: Path, tmp_path: Path
     before = pipeline.content_key(str(photos), with_masks)
     (masks / "left.png").rename(masks / "right.png")
     assert pipeline.content_key(str(photos), with_masks) != before
-    (masks / "right.png").rename(tmp_path / "left.png")
-    masks.rmdir()
-    masks.symlink_to(tmp_path / "linked")
-    (tmp_path / "linked").mkdir()
-    (tmp_path / "left.png").rename(tmp_path / "linked/left.png")
-    assert pipeline.content_key(str(photos), with_masks) == before
+    (masks / "right.png").rename(masks / "left.png")
+    masks.rename(tmp_path / "elsewhere")
+    masks.mkdir()
+    (masks / "linked").symlink_to(tmp_path / "elsewhere")
+    assert pipeline.content_key(str(photos), with_masks) != before
+    elsewhere = replace(USUAL, masks=str(tmp_path / "elsewhere"))
+    assert pipeline.content_key(str(photos), elsewhere) == before
 
 
 def test_without_resume_or_overwrite_a_scene_is_not_touched(photos: Path, tmp_path: Path) -> None:
@@ -209,6 +235,34 @@ def test_what_a_killed_run_left_is_cleared_and_its_scene_comes_back(tmp_path: Pa
         assert (tmp_path / "scene/report.json").exists()
     left = {path.name for path in tmp_path.iterdir()} - {"locks"}
     assert left == {"scene", ".scene.x.abcd1234", ".scene.abcd12345"}  # not drafts of this scene
+
+
+def test_locks_that_cannot_be_written_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OutputError, match=r"cannot write: .*file/locks") as caught,
+        claimed(tmp_path / "scene", tmp_path / "file/locks"),
+    ):
+        pass
+    assert "VGGT_HOME" in caught.value.hint
+
+
+def test_a_link_to_a_folder_stays_one_and_is_claimed_with_it(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/scene").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk/scene")
+    with (
+        claimed(tmp_path / "link", tmp_path / "locks"),
+        pytest.raises(OutputError, match="another run"),
+        claimed(tmp_path / "disk/scene", tmp_path / "locks"),
+    ):
+        pass
+    for _ in range(2):
+        (line,) = batch.run([job(photos, tmp_path / "link")], How(overwrite=True))
+        assert line["ok"], line
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk/scene/report.json").is_file()
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["scene"]
 
 
 # Side by side.

@@ -85,7 +85,7 @@ BESIDE = {
         "improve": {"depth", "priors", "refine", "straighten", "tracks"},
         "given": {"improve", "priors", "scale"},
         "content": set(),
-        "batch": {"pipeline", "stages"},
+        "batch": {"content", "pipeline", "stages"},
         "pipeline": {
             *("content", "detect", "diagnose", "fuse", "given", "improve", "inputs", "pairs"),
             *("predict", "refine", "stages", "tracks"),

@@ -30,6 +30,7 @@ from vggt_cli.formats.claims import claimed
 from vggt_cli.models.store import home
 from vggt_cli.models.weights import Networks
 from vggt_cli.reconstruction import pipeline
+from vggt_cli.reconstruction.content import FILES
 from vggt_cli.reconstruction.pipeline import Options
 from vggt_cli.reconstruction.stages import Progress, silent
 
@@ -77,7 +78,7 @@ def read_jobs(lines: Iterable[str], usual: Options) -> list[Job]:
         if not line.strip():
             continue
         job = _job(line, usual, f"line {number}")
-        if (first := taken.setdefault(job.out.absolute(), number)) != number:
+        if (first := taken.setdefault(job.out.resolve(), number)) != number:
             raise InputError(f"lines {first} and {number} write the same scene: {job.out}")
         jobs.append(job)
     return jobs
@@ -292,5 +293,12 @@ def _on_ray(jobs: Sequence[Job], how: How) -> Iterator[dict[str, Any]]:
 
 def _absolute(job: Job) -> Job:
     """The job for a process that starts in another folder."""
+    given = {name: getattr(job.options, name) for name in FILES}
+    if Path(job.options.model).suffix:  # a file: names have none
+        given["model"] = job.options.model
+    there: dict[str, Any] = {
+        name: str(Path(p).absolute()) for name, p in given.items() if p and Path(p).exists()
+    }
     source = job.source if job.source == "-" else str(Path(job.source).absolute())
-    return dataclasses.replace(job, source=source, out=job.out.absolute())
+    options = dataclasses.replace(job.options, **there)
+    return dataclasses.replace(job, source=source, out=job.out.absolute(), options=options)
