@@ -3,10 +3,11 @@
 python benchmarks/killed_batch.py [SCENES [KILLS]]
 
 `vggt batch` makes all scenes once undisturbed. Then again, with one worker and with two, each time
-killed with SIGKILL, all processes at once or only the first, and started anew with --resume until
-it ends by itself. Kills are spread over the scenes; half of them wait for one to be written. With
-one worker nothing is there at first; with two, other scenes are, which give way. Compared is every file of both trees, byte for byte, but for what two runs of the same job never
-share: see VOLATILE.
+killed with SIGKILL, all processes at once or only the first, and started anew with --resume; after
+so many kills it is left to end by itself. Kills are spread over the scenes; half of them wait for
+one to be written. With one worker nothing is there at first; with two, other scenes are, which
+give way. Compared is every file of both trees, byte for byte, but for what two runs of the same
+job never share: see VOLATILE.
 """
 
 import json

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import killed_batch
 import pytest
 from PIL import Image
 from test_cli import refused, vggt
@@ -312,24 +314,20 @@ def test_the_command_prints_a_line_each_and_exits_with_3_if_some_failed(
     refused(vggt("batch", tmp_path / "none.jsonl"), 2, "none.jsonl")
 
 
-def test_a_killed_batch_leaves_whole_scenes_and_goes_on(photos: Path, tmp_path: Path) -> None:
-    jobs = write_jobs(tmp_path / "jobs.jsonl", photos, 4)
-    command = [sys.executable, "-m", "vggt_cli", "batch", str(jobs), "--model", "mini", "-q"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.readline()  # the first scene is done
-        time.sleep(0.2)
-        process.send_signal(signal.SIGKILL)
-        process.wait(30)
-    run = vggt("batch", jobs, "--model", "mini", "--resume", "-q")
-    assert run.returncode == 0, run.stderr
-    lines = [json.loads(line) for line in run.stdout.splitlines()]
-    assert lines[0]["skipped"]
-    assert not lines[3]["skipped"]
-    for i in range(4):
-        scene_read.read(tmp_path / f"s{i}")
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"photos", "jobs.jsonl", "s0", "s1", "s2", "s3"}
+def test_a_batch_that_is_killed_and_resumed_makes_the_scenes_of_one_left_alone(
+    tmp_path: Path,
+) -> None:
+    numbers = random.Random(2)
+    killed_batch.photographs(tmp_path / "photos", 5, numbers)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    spent = killed_batch.undisturbed(killed_batch.jobs(whole, 5))
+    seen = killed_batch.disturbed(killed_batch.jobs(killed, 5), 1, numbers, 2, spent / 5)
+    assert seen.kills.total() > 0
+    assert seen.faults == []
+    assert killed_batch.differences(whole / "scenes", killed / "scenes") == []
+    assert killed_batch.differences(whole / "scenes", whole / "scenes/00")  # it sees some
 
 
 def test_workers_end_with_a_parent_that_is_killed_and_their_scenes_are_free(
