@@ -1,13 +1,13 @@
 """A batch that is killed at random moments and resumed ends with the scenes of one left alone.
 
-python benchmarks/killed_batch.py [SCENES]
+python benchmarks/killed_batch.py [SCENES [KILLS]]
 
 `vggt batch` makes all scenes once undisturbed. Then again, with one worker and with two, each time
-killed with SIGKILL, all processes at once or only the first, and started anew with --resume until
-it ends by itself. Most kills come after a run's first line, half of them wait for a scene to be
-written. With one worker nothing is there at first; with two, other scenes are, which give way.
-Compared is every file of both trees, byte for byte, but for what two runs of the same job never
-share: see VOLATILE.
+killed with SIGKILL, all processes at once or only the first, and started anew with --resume; after
+so many kills it is left to end by itself. Kills are spread over the scenes; half of them wait for
+one to be written. With one worker nothing is there at first; with two, other scenes are, which
+give way. Compared is every file of both trees, byte for byte, but for what two runs of the same
+job never share: see VOLATILE.
 """
 
 import json
@@ -23,14 +23,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import ROOT, write
 from PIL import Image
 
 SEED = 11
 VOLATILE = ("seconds", "peak_memory_bytes")  # keys of report.json; it says nothing of the host
-LONGEST = 6.0  # seconds after a run's first line before it is killed, at most
+KILLS = 15  # of the batch, with one worker and again with two
 GONE = 10.0  # seconds in which workers must end once the first process is dead
 MODEL = ("--model", "mini", "--device", "cpu", "-q")
 
@@ -43,6 +43,13 @@ class Watched:
     kills: Counter[str] = field(default_factory=Counter)  # by what was killed
     said: Counter[str] = field(default_factory=Counter)  # lines that call a scene made, by scene
     faults: list[str] = field(default_factory=list)
+
+
+class Pace(NamedTuple):
+    """How kills are spread over the jobs."""
+
+    scenes_a_run: int  # made before a kill, in the mean
+    seconds: float  # that a scene takes
 
 
 def photographs(folder: Path, count: int, numbers: random.Random) -> None:
@@ -69,7 +76,7 @@ def jobs(folder: Path, count: int) -> Path:
     path = folder / "JOBS.jsonl"
     with path.open("w") as file:
         for scene in range(count):
-            options: dict[str, Any] = {"points": 2000, "refine": "none", "seed": scene}
+            options: dict[str, Any] = {"points": 2000, "refine": "none", "resolution": 128}
             if scene % 10 == 3:
                 options |= {"refine": "auto"}
             if scene % 10 == 6:
@@ -107,15 +114,24 @@ def undisturbed(path: Path) -> float:
     return time.perf_counter() - start
 
 
-def disturbed(path: Path, workers: int, numbers: random.Random, longest: float) -> Watched:
-    """Runs of the jobs, killed until one ends by itself."""
+def disturbed(
+    path: Path, workers: int, numbers: random.Random, kills: int, seconds: float
+) -> Watched:
+    """Runs of the jobs, so many of them killed; the last one ends by itself.
+
+    seconds: that a scene takes.
+    """
     seen = Watched()
     names = [json.loads(line)["out"] for line in path.read_text().splitlines()]
+    pace = Pace(len(names) // (kills + 1), seconds)
     while True:
         process, file = begun(path, "--resume", "--workers", workers)
         seen.runs += 1
-        _wait_for_a_moment(process, file, path.parent / "scenes", numbers, longest)
-        ended = process.poll() is not None or not _killed(process, numbers, seen)
+        if seen.kills.total() < kills:
+            _wait_for_a_moment(process, file, path.parent / "scenes", numbers, pace)
+            ended = not _killed(process, numbers, seen)
+        else:
+            ended = process.wait() is not None
         lines = file.read_text().splitlines(keepends=True)
         if not ended and lines and not lines[-1].endswith("\n"):
             seen.faults.append(f"a line is cut: {lines.pop()}")
@@ -129,19 +145,24 @@ def disturbed(path: Path, workers: int, numbers: random.Random, longest: float) 
 
 
 def _wait_for_a_moment(
-    process: subprocess.Popen[bytes], lines: Path, scenes: Path, numbers: random.Random,
-    longest: float,
-) -> None:  # fmt: skip
-    if numbers.random() < 0.8:
-        while process.poll() is None and not lines.stat().st_size:
-            time.sleep(0.01)
-    end = time.monotonic() + numbers.uniform(0, longest)
-    while process.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
+    process: subprocess.Popen[bytes], file: Path, scenes: Path, numbers: random.Random, pace: Pace
+) -> None:
+    """Some scenes are made, or the program just begins; and then any moment of the next one."""
+    made = numbers.randint(0, 2 * pace.scenes_a_run)
+    while made and process.poll() is None and file.read_bytes().count(b'"skipped": false') < made:
+        time.sleep(0.02)
     if numbers.random() < 0.5:
-        while process.poll() is None and not list(scenes.glob(".*")):
-            time.sleep(0.001)
-        time.sleep(numbers.uniform(0, 0.3))
+        while process.poll() is None and not any(name.startswith(".") for name in _names(scenes)):
+            time.sleep(0.005)
+        time.sleep(numbers.uniform(0, pace.seconds / 5))  # it takes so long to write one
+    else:
+        end = time.monotonic() + numbers.uniform(0, 2 * pace.seconds)
+        while process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
 def _killed(process: subprocess.Popen[bytes], numbers: random.Random, seen: Watched) -> bool:
@@ -206,7 +227,7 @@ def make_others(finished: Path, target: Path) -> None:
         path.write_text(json.dumps({**report, "content": "another"}))
 
 
-def measured(place: Path, count: int, longest: float = LONGEST) -> dict[str, Any]:
+def measured(place: Path, count: int, kills: int = KILLS) -> dict[str, Any]:
     """The figures of `count` scenes, made in `place`."""
     numbers = random.Random(SEED)
     photographs(place / "photos", count, numbers)
@@ -224,7 +245,7 @@ def measured(place: Path, count: int, longest: float = LONGEST) -> dict[str, Any
         folder.mkdir()
         if workers == 2:
             make_others(whole, folder / "scenes")
-        seen = disturbed(jobs(folder, count), workers, numbers, longest)
+        seen = disturbed(jobs(folder, count), workers, numbers, kills, spent / count)
         figures[f"workers: {workers}"] = {
             "runs": seen.runs,
             "kills": dict(seen.kills),
@@ -239,11 +260,12 @@ def measured(place: Path, count: int, longest: float = LONGEST) -> dict[str, Any
     return figures
 
 
-def main(count: int) -> None:
+def main(count: int, kills: int) -> None:
     """Measure and write."""
     with tempfile.TemporaryDirectory() as place:
-        print(write("killed_batch", measured(Path(place), count)))
+        print(write("killed_batch", measured(Path(place), count, kills)))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if sys.argv[1:] else 50)
+    scenes, kills = [*map(int, sys.argv[1:]), *(50, KILLS)[len(sys.argv) - 1 :]]
+    main(scenes, kills)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import killed_batch
 import pytest
 from PIL import Image
 from test_cli import refused, vggt
@@ -78,6 +80,31 @@ def test_lines_are_jobs_with_options_of_their_own() -> None:
 def test_a_line_that_cannot_be_is_named(lines: list[str], words: str) -> None:
     with pytest.raises(InputError, match=words):
         batch.read_jobs(lines, USUAL)
+
+
+def test_a_line_ends_where_json_lines_end_it(tmp_path: Path) -> None:
+    names = ["a\u2028b", "a\x85b"]
+    lines = [json.dumps({"input": n, "out": n[::-1]}, ensure_ascii=False) for n in names]
+    (tmp_path / "jobs.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
+    jobs = batch.read_jobs(cli_batch._lines(str(tmp_path / "jobs.jsonl")), USUAL)
+    assert [one.source for one in jobs] == names
+
+
+def test_a_job_for_another_folder_takes_its_files_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("masks", "poses", "mini"):
+        Path(name).mkdir()
+    Path("own.safetensors").touch()
+    options = {"masks": "masks", "poses": "poses", "intrinsics": "9,9,5,5"}
+    far = batch._absolute(job(Path("photos"), Path("out"), **options))
+    assert (far.source, far.out) == (str(tmp_path / "photos"), tmp_path / "out")
+    assert far.options.masks == str(tmp_path / "masks")
+    assert far.options.poses == str(tmp_path / "poses")
+    assert (far.options.intrinsics, far.options.model) == ("9,9,5,5", "mini")
+    own = batch._absolute(job(Path("photos"), Path("out"), model="own.safetensors"))
+    assert own.options.model == str(tmp_path / "own.safetensors")
 
 
 def test_parts_of_the_jobs_make_up_all_of_them() -> None:
@@ -169,12 +196,13 @@ def test_a_mask_of_another_photo_is_another_content(photos: Path, tmp_path: Path
     before = pipeline.content_key(str(photos), with_masks)
     (masks / "left.png").rename(masks / "right.png")
     assert pipeline.content_key(str(photos), with_masks) != before
-    (masks / "right.png").rename(tmp_path / "left.png")
-    masks.rmdir()
-    masks.symlink_to(tmp_path / "linked")
-    (tmp_path / "linked").mkdir()
-    (tmp_path / "left.png").rename(tmp_path / "linked/left.png")
-    assert pipeline.content_key(str(photos), with_masks) == before
+    (masks / "right.png").rename(masks / "left.png")
+    masks.rename(tmp_path / "elsewhere")
+    masks.mkdir()
+    (masks / "linked").symlink_to(tmp_path / "elsewhere")
+    assert pipeline.content_key(str(photos), with_masks) != before
+    elsewhere = replace(USUAL, masks=str(tmp_path / "elsewhere"))
+    assert pipeline.content_key(str(photos), elsewhere) == before
 
 
 def test_without_resume_or_overwrite_a_scene_is_not_touched(photos: Path, tmp_path: Path) -> None:
@@ -209,6 +237,34 @@ def test_what_a_killed_run_left_is_cleared_and_its_scene_comes_back(tmp_path: Pa
         assert (tmp_path / "scene/report.json").exists()
     left = {path.name for path in tmp_path.iterdir()} - {"locks"}
     assert left == {"scene", ".scene.x.abcd1234", ".scene.abcd12345"}  # not drafts of this scene
+
+
+def test_locks_that_cannot_be_written_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OutputError, match=r"cannot write: .*file/locks") as caught,
+        claimed(tmp_path / "scene", tmp_path / "file/locks"),
+    ):
+        pass
+    assert "VGGT_HOME" in caught.value.hint
+
+
+def test_a_link_to_a_folder_stays_one_and_is_claimed_with_it(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/scene").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk/scene")
+    with (
+        claimed(tmp_path / "link", tmp_path / "locks"),
+        pytest.raises(OutputError, match="another run"),
+        claimed(tmp_path / "disk/scene", tmp_path / "locks"),
+    ):
+        pass
+    for _ in range(2):
+        (line,) = batch.run([job(photos, tmp_path / "link")], How(overwrite=True))
+        assert line["ok"], line
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk/scene/report.json").is_file()
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["scene"]
 
 
 # Side by side.
@@ -258,24 +314,20 @@ def test_the_command_prints_a_line_each_and_exits_with_3_if_some_failed(
     refused(vggt("batch", tmp_path / "none.jsonl"), 2, "none.jsonl")
 
 
-def test_a_killed_batch_leaves_whole_scenes_and_goes_on(photos: Path, tmp_path: Path) -> None:
-    jobs = write_jobs(tmp_path / "jobs.jsonl", photos, 4)
-    command = [sys.executable, "-m", "vggt_cli", "batch", str(jobs), "--model", "mini", "-q"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.readline()  # the first scene is done
-        time.sleep(0.2)
-        process.send_signal(signal.SIGKILL)
-        process.wait(30)
-    run = vggt("batch", jobs, "--model", "mini", "--resume", "-q")
-    assert run.returncode == 0, run.stderr
-    lines = [json.loads(line) for line in run.stdout.splitlines()]
-    assert lines[0]["skipped"]
-    assert not lines[3]["skipped"]
-    for i in range(4):
-        scene_read.read(tmp_path / f"s{i}")
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"photos", "jobs.jsonl", "s0", "s1", "s2", "s3"}
+def test_a_batch_that_is_killed_and_resumed_makes_the_scenes_of_one_left_alone(
+    tmp_path: Path,
+) -> None:
+    numbers = random.Random(2)
+    killed_batch.photographs(tmp_path / "photos", 5, numbers)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    spent = killed_batch.undisturbed(killed_batch.jobs(whole, 5))
+    seen = killed_batch.disturbed(killed_batch.jobs(killed, 5), 1, numbers, 2, spent / 5)
+    assert seen.kills.total() > 0
+    assert seen.faults == []
+    assert killed_batch.differences(whole / "scenes", killed / "scenes") == []
+    assert killed_batch.differences(whole / "scenes", whole / "scenes/00")  # it sees some
 
 
 def test_workers_end_with_a_parent_that_is_killed_and_their_scenes_are_free(

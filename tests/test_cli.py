@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from test_video import film
 
 from vggt_cli import cli
+from vggt_cli.formats import colmap_read
 from vggt_cli.formats.colmap import pycolmap
 from vggt_cli.reconstruction import pipeline
 
@@ -207,6 +209,75 @@ def test_weights_and_licence_are_4(pair: Path, tmp_path: Path) -> None:
             capture_output=True, text=True, timeout=TIMEOUT, check=False, env=environment,
         )  # fmt: skip
         refused(run, 4, words, "hint: ")
+
+
+def small(pair: Path, folder: Path) -> Path:
+    """The example pair at a quarter of its size."""
+    folder.mkdir()
+    for path in pair.glob("*.png"):
+        with Image.open(path) as photo:
+            photo.resize((185, 125)).save(folder / path.name)
+    return folder
+
+
+def report_of(*arguments: object) -> dict[str, Any]:
+    """What `vggt reconstruct` with mini and without refinement reports."""
+    run = vggt("reconstruct", *arguments, "--model", "mini", "--refine", "none", "--json", "-q")
+    assert run.returncode == 0, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout)
+    return found
+
+
+def test_masked_pixels_become_no_points_and_masks_go_out(pair: Path, tmp_path: Path) -> None:
+    photos = small(pair, tmp_path / "in")
+    (tmp_path / "masks").mkdir()
+    keep = Image.new("L", (185, 125))
+    keep.paste(255, (0, 0, 185, 60))
+    for name in ("left.png", "right.png.png"):
+        keep.save(tmp_path / "masks" / name)
+    out = tmp_path / "s"
+    report = report_of(photos, "-o", out, "--masks", tmp_path / "masks", "--format", "nerfstudio")
+    assert report["left_out"] == report["warnings"] == []
+    tracks = colmap_read.read(out / "sparse/0").tracks
+    assert len(tracks.xy) > 100
+    assert float(tracks.xy[:, 1].max()) <= 60
+    names = {"left.png", "left.png.png", "right.png", "right.png.png"}
+    assert {path.name for path in (out / "masks").iterdir()} == names
+    frames = json.loads((out / "transforms.json").read_text())["frames"]
+    assert [frame["mask_path"] for frame in frames] == ["masks/left.png", "masks/right.png"]
+    run = vggt("reconstruct", photos, "-o", tmp_path / "t", "--masks", tmp_path / "none")
+    refused(run, 2, "no such folder of masks", "a.jpg.png")
+
+
+def test_frames_of_a_video_are_as_many_as_asked(tmp_path: Path) -> None:
+    path = film(tmp_path / "clip.mp4", [8.0 * i for i in range(40)])  # two seconds
+    report = report_of(path, "-o", tmp_path / "s", "--fps", 2)
+    moments = [image["video"]["seconds"] for image in report["images"]]
+    assert [int(2 * moment) for moment in moments] == [0, 1, 2, 3]
+    report = report_of(path, "-o", tmp_path / "t", "--frames", 2)
+    assert [image["video"]["file"] for image in report["images"]] == ["clip.mp4"] * 2
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (60, 40)).save(tmp_path / "photos/a.png")
+    run = vggt("reconstruct", tmp_path / "photos", "-o", tmp_path / "u", "--frames", 2)
+    refused(run, 2, "--fps and --frames are of videos")
+
+
+def test_poses_that_are_kept_are_those_of_the_scene(pair: Path, tmp_path: Path) -> None:
+    photos, poses = small(pair, tmp_path / "in"), tmp_path / "transforms.json"
+    frames = []
+    for name, x in (("left.png", 0.0), ("right.png", 0.19)):  # rectified: level and parallel
+        matrix = torch.eye(4)
+        matrix[0, 3] = x
+        frames.append({"file_path": name, "transform_matrix": matrix.tolist()})
+    poses.write_text(json.dumps({"frames": frames}))
+    known = ("--poses", poses, "--keep-poses", "--scale-from", "poses")
+    report = report_of(photos, "-o", tmp_path / "s", *known)
+    first, second = (torch.tensor(image["extrinsics"]) for image in report["images"])
+    assert report["scale"] == "metric"
+    assert torch.allclose(first, torch.eye(3, 4), atol=1e-6)
+    assert torch.allclose(second[:, :3], torch.eye(3), atol=1e-6)
+    assert torch.allclose(second[:, 3], torch.tensor([-0.19, 0, 0]), atol=1e-5)
+    refused(vggt("reconstruct", photos, "-o", tmp_path / "t", "--keep-poses"), 2, "--poses")
 
 
 def test_photos_of_one_transparent_colour_are_1(tmp_path: Path) -> None:

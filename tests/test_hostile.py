@@ -124,6 +124,31 @@ def test_a_list_with_dots_in_its_paths_gives_names_without(
     assert found("-") == ["1.png", "b/2.png"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no text")
+def test_a_list_may_hold_names_that_are_no_text(tmp_path: Path) -> None:
+    code = "from vggt_cli.formats import files; print(ascii(files.find('-')[1][0].name))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], input=bytes(tmp_path) + b"/caf\xe9.png\n",
+        capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )  # fmt: skip
+    assert run.stdout.split() == [b"'caf\\udce9.png'"], run.stderr
+
+
+@pytest.mark.parametrize("pattern", [".cache/p/*.png", "../*/.cache/p/[12].png", ".cache/**/*.png"])
+def test_hidden_folders_that_a_pattern_names_are_meant_and_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    for name in (".cache/p/1.png", ".cache/p/.hidden/3.png", ".cache/p/.4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture().save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    if "*/." not in pattern:
+        assert found(pattern) == ["1.png"]
+        assert found(str(tmp_path / pattern)) == ["1.png"]
+    with pytest.raises(InputError, match="no images in"):
+        files.find("*/p/*.png")
+
+
 @pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "**x/***", "/dev/null", "[", "~nobody/x"])
 def test_a_source_that_makes_no_sense_is_an_input_error(source: str) -> None:
     with pytest.raises(InputError):

@@ -88,7 +88,7 @@ BESIDE = {
         "improve": {"depth", "priors", "refine", "straighten", "tracks"},
         "given": {"improve", "priors", "scale"},
         "content": set(),
-        "batch": {"pipeline", "plan", "settings", "stages"},
+        "batch": {"content", "pipeline", "plan", "settings", "stages"},
         "pipeline": {
             *("content", "detect", "diagnose", "fuse", "given", "improve", "inputs", "pairs"),
             *("plan", "refine", "sequence", "settings", "stages", "tracks"),

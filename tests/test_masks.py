@@ -1,6 +1,7 @@
 """Masks: found by name, true to orientation and lens, without points; out in everybody's names."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,19 @@ def test_a_masked_scene_has_no_points_there_and_its_masks_go_out_with_it(
                 whole = Image.new("L", (240, 160), 255)
                 assert mask.tobytes() == (expected or whole).tobytes()
     assert all(verdict.verdict != "broken" for verdict in check_folder(out))
+
+
+def test_nerfstudio_finds_the_masks_by_transforms_json(scene: Scene, tmp_path: Path) -> None:
+    export.write(scene, tmp_path / "out", ["nerfstudio"], html=False)
+    export.add(scene_read.read(tmp_path / "out"), tmp_path / "out", ["nerfstudio"], overwrite=True)
+    frames = json.loads((tmp_path / "out/transforms.json").read_text())["frames"]
+    assert [frame["mask_path"] for frame in frames] == [f"masks/{i}.png" for i in range(3)]
+    for frame in frames:  # one channel, of the photo's size: the parser takes nothing else
+        with (
+            Image.open(tmp_path / "out" / frame["mask_path"]) as mask,
+            Image.open(tmp_path / "out" / frame["file_path"]) as photo,
+        ):
+            assert (mask.mode, mask.size) == ("L", photo.size)
 
 
 def test_a_scene_that_is_read_keeps_its_masks(scene: Scene, tmp_path: Path) -> None:

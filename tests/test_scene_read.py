@@ -104,6 +104,34 @@ def test_a_damaged_scene_is_an_error_that_names_the_file(
     assert path.name in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "part", ["images", "model", "peak_memory_bytes", "left_out", "findings", "warnings", "scale"]
+)
+def test_a_report_that_lacks_a_part_or_holds_another_kind_is_named(
+    scene: Scene, tmp_path: Path, part: str
+) -> None:
+    export.write(scene, tmp_path / "out", html=False)
+    path = tmp_path / "out/report.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({**whole, part: 7}))
+    if part not in ("peak_memory_bytes", "scale"):  # nobody reads those as more than they are
+        with pytest.raises(InputError, match=r"no report of a scene: .*report\.json"):
+            scene_read.read(tmp_path / "out")
+    del whole[part]
+    path.write_text(json.dumps(whole))
+    if part != "findings":  # older versions wrote none
+        with pytest.raises(InputError, match=r"no report of a scene: .*report\.json"):
+            scene_read.read(tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 and no more", b"\x93NUMPY"])
+def test_tokens_that_are_none_are_named(scene: Scene, tmp_path: Path, content: bytes) -> None:
+    export.write(scene, tmp_path / "out", html=False)
+    (tmp_path / "out/tokens.npz").write_bytes(content)
+    with pytest.raises(InputError, match=r"no tokens.*tokens\.npz"):
+        scene_read.read(tmp_path / "out")
+
+
 def test_parts_that_do_not_fit_together_are_an_error(scene: Scene, tmp_path: Path) -> None:
     export.write(scene, tmp_path / "out")
     np.save(tmp_path / "out/confidence/b.png.npy", np.ones((3, 4), np.float16))

@@ -116,6 +116,21 @@ def test_frames_are_photos_named_by_video_and_number_and_go_with_the_last_of_the
     assert not folder.exists()
 
 
+def test_videos_that_differ_by_their_ending_alone_keep_their_own_frames(tmp_path: Path) -> None:
+    first = film(tmp_path / "a.mp4", [8.0 * i for i in range(30)])
+    second = film(tmp_path / "a.mkv", [8.0 * i for i in range(30)])
+    folder, frames, _ = extracted(tmp_path, [first, second], 10)
+    assert [f.video for f in frames.values()] == ["a.mp4"] * 5 + ["a.mkv"] * 5
+    names = {path.name for path in folder.iterdir()}
+    assert names == {f"{f.video}_{f.number:06d}.jpg" for f in frames.values()}
+
+
+def test_of_more_videos_than_frames_no_more_frames_are_left_than_asked(tmp_path: Path) -> None:
+    videos = [film(tmp_path / f"{i}.mp4", [0.0, 8.0]) for i in range(5)]
+    _, frames, _ = extracted(tmp_path, videos, 3)
+    assert [f.video for f in frames.values()] == ["0.mp4", "2.mp4", "4.mp4"]
+
+
 @pytest.mark.parametrize("most", [1, 3, 5])
 def test_no_more_frames_are_left_than_asked_and_they_are_spread(tmp_path: Path, most: int) -> None:
     path = film(tmp_path / "a.mp4", [8.0 * i for i in range(70)])

@@ -73,10 +73,9 @@ def batch(
 
 
 def _lines(jobs: str) -> list[str]:
-    if jobs == "-":
-        return sys.stdin.read().splitlines()
     try:
-        return Path(jobs).read_text(encoding="utf-8").splitlines()
+        text = sys.stdin.read() if jobs == "-" else Path(jobs).read_text(encoding="utf-8")
+        return text.removeprefix("\ufeff").split("\n")  # JSON may hold what else ends a line
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"no jobs can be read: {jobs} ({error})") from error
 

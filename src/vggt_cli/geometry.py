@@ -111,6 +111,17 @@ def unproject(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
     return (camera - translation) @ rotation[..., None, :, :]
 
 
+def surface_normals(points: Tensor, center: Tensor) -> Tensor:
+    """[H, W, 3] unit normals of a point map [H, W, 3], towards the camera at `center` [3]."""
+    across = torch.gradient(points, dim=1)[0] if points.shape[1] > 1 else torch.ones_like(points)
+    down = torch.gradient(points, dim=0)[0] if points.shape[0] > 1 else torch.ones_like(points)
+    normals = torch.linalg.cross(across, down)
+    to_camera = center - points
+    normals = torch.where((normals * to_camera).sum(-1, keepdim=True) < 0, -normals, normals)
+    flat = normals.norm(dim=-1, keepdim=True) < 1e-20
+    return F.normalize(torch.where(flat, to_camera, normals), dim=-1, eps=1e-30)
+
+
 def project(points: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels [..., H, W, 2] and z-depth [..., H, W] of world points [..., H, W, 3].
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,20 +23,27 @@ def claimed(folder: Path, locks: Path) -> Iterator[None]:
 
     locks: a folder of the user's for lock files: beside a scene they would be litter. The system
     lets go of them when a process ends, however it does.
-    Raises OutputError where another run works on it.
+    Raises OutputError where another run works on it, or `locks` cannot be written.
     """
-    absolute = folder.absolute()
-    name = hashlib.sha256(str(absolute).encode()).hexdigest()[:32]
+    there = folder.resolve()  # a link and its target are one folder
+    name = hashlib.sha256(os.fsencode(there)).hexdigest()[:32]
+    lock = FileLock(locks / f"{name}.lock")
     try:
         locks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(locks / f"{name}.lock")
-        with lock.acquire(timeout=0):
-            _clear(absolute)
-            yield
+        lock.acquire(timeout=0)
     except Timeout:
         raise OutputError(
             f"another run is working on: {folder}", hint="wait for it, or choose another folder"
         ) from None
+    except OSError as error:
+        raise OutputError(
+            f"cannot write: {locks} ({error.strerror or error})",
+            hint="set VGGT_HOME to a folder that can be written",
+        ) from error
+    with lock:  # released once for each time that it was acquired
+        lock.release()
+        _clear(there)
+        yield
 
 
 def _clear(folder: Path) -> None:

@@ -26,7 +26,7 @@ from vggt_cli.formats import colmap
 from vggt_cli.formats.colmap import Array, Model
 from vggt_cli.formats.copies import clone
 from vggt_cli.formats.images import frame_of
-from vggt_cli.geometry import unproject
+from vggt_cli.geometry import surface_normals, unproject
 from vggt_cli.scene import Scene
 
 log = logging.getLogger(__name__)
@@ -80,21 +80,14 @@ def views(scene: Scene, model: Model) -> Iterator[View]:
 def normals(view: View) -> Tensor:
     """[h, w, 3] unit normals in the camera's axes, towards it; the ray back where there is none."""
     points = unproject(view.depth, view.intrinsics, torch.eye(3, 4))
-    across, down = (
-        torch.gradient(points, dim=axis)[0] if points.shape[axis] > 1 else torch.zeros_like(points)
-        for axis in (1, 0)
-    )
-    found = torch.linalg.cross(down, across)  # x right, y down: this one looks back
-    known = (found.norm(dim=-1) > 1e-20) & (view.depth > 0)
+    found = surface_normals(points, torch.zeros(3))
     back = -unproject(torch.ones_like(view.depth), view.intrinsics, torch.eye(3, 4))
-    found = torch.where(known[..., None], found, back)
-    found = torch.where((found * back).sum(-1, keepdim=True) < 0, -found, found)
-    return F.normalize(found, dim=-1, eps=1e-30)
+    return torch.where(view.depth[..., None] > 0, found, F.normalize(back, dim=-1))
 
 
 def write(scene: Scene, model: Model, folder: Path) -> None:
     """All that this module's head lists, in `folder`. Raises OutputError without any depth."""
-    nearest = max(float((1 / view.depth[view.sure]).max()) for view in _seeing(scene, model))
+    nearest = _nearest(scene, model)
     stereo = folder / "colmap_dense" / "stereo"
     places = [stereo / "depth_maps", stereo / "normal_maps"]
     for place in (*places, folder / "inverse_depths", folder / "depths"):
@@ -120,11 +113,13 @@ def write(scene: Scene, model: Model, folder: Path) -> None:
     _write_workspace(scene, model, folder)
 
 
-def _seeing(scene: Scene, model: Model) -> list[View]:
-    found = [view for view in views(scene, model) if view.sure.any()]
+def _nearest(scene: Scene, model: Model) -> float:
+    """The largest inverse depth of a sure pixel. Raises OutputError where there is none."""
+    sure = (view.depth[view.sure] for view in views(scene, model))
+    found = [float((1 / depth).max()) for depth in sure if len(depth)]
     if not found:
         raise OutputError("no pixel of this scene has a depth")
-    return found
+    return max(found)
 
 
 def _write_workspace(scene: Scene, model: Model, folder: Path) -> None:

@@ -115,9 +115,10 @@ def write(
 
 @contextlib.contextmanager
 def _becoming(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that replaces it if the block ends well."""
-    parent = folder.absolute().parent
+    """A new folder beside `folder` that replaces it if the block ends well; a link stays one."""
     with writers.said(folder, "choose another --out"):
+        folder = folder.resolve()
+        parent = folder.parent
         parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent))
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import logging
 import os
 import re
@@ -34,15 +36,19 @@ def find(source: str, without: Path | None = None) -> tuple[Path, list[Path]]:
     """
     path = Path(source)
     if source == "-":
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # names need not be text
         listed = [Path(line.rstrip("\r\n")) for line in sys.stdin if line.strip()]
         return _common_root(listed, "standard input"), _photos_or_videos(listed)
-    base, matches = Path(path.anchor or "."), list[Path]()
+    # Hidden folders that the pattern itself names are meant.
+    base = Path(*itertools.takewhile(lambda part: not set("*?[") & set(part), path.parts[:-1]))
+    matches: list[Path] = []
     with contextlib.suppress(OSError, ValueError):  # names too long, patterns that are none
         if path.is_dir():
             return path, _known(path, below(path, without), source)
         if path.is_file():
             return path.parent, [path]
-        matches = list(base.glob(str(path.relative_to(path.anchor))))
+        matches = list(base.glob(str(path.relative_to(base))))
     if not matches:
         raise InputError(f"no such folder, file or pattern: {source}", hint=KINDS)
     hidden = without.absolute() if without else None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -59,9 +62,17 @@ def read(folder: Path) -> Scene:
     Raises InputError for files that are missing, malformed or do not fit together.
     """
     report = _report(folder / "report.json")
+    with _well_formed(folder / "report.json"):
+        rows = report["images"]
+        files = [Path(row["file"]).name for row in rows]
+        names = [str(row["name"]) for row in rows]
+        frames = [_frame(row) for row in rows]
+        made = {**report, **report["model"], "peak_memory": report["peak_memory_bytes"]}
+        made_by = Provenance(**{field.name: made[field.name] for field in fields(Provenance)})
+        left_out = tuple((row["name"], row["reason"]) for row in report["left_out"])
+        findings = tuple(Finding(**row) for row in report.get("findings", []))
+        said = tuple(report["warnings"]), report["scale"], report["tracks"]
     model = colmap_read.read(folder / "sparse" / "0")
-    rows = report["images"]
-    files = [Path(row["file"]).name for row in rows]
     if list(model.names) != files:
         raise InputError(f"report.json and sparse/0 have different images: {folder}")
     depth, confidence = (
@@ -73,32 +84,38 @@ def read(folder: Path) -> Scene:
             raise InputError(f"depth and confidence differ in size: {folder}: {file}")
     loaded = load_sized(
         [folder / "images" / file for file in files],
-        [row["name"] for row in rows],
+        names,
         [(one.shape[0], one.shape[1]) for one in depth],
         [mask if (mask := folder / "masks" / f"{file}.png").is_file() else None for file in files],
     )
     photos = tuple(
-        replace(photo, frame=_frame(row)) for photo, row in zip(loaded.photos, rows, strict=True)
+        replace(photo, frame=frame) for photo, frame in zip(loaded.photos, frames, strict=True)
     )
     depths, confidences = (_padded(one, loaded.images) for one in (depth, confidence))
-    tokens, text = _tokens(folder / "tokens.npz")
-    made = {**report, **report["model"], "peak_memory": report["peak_memory_bytes"]}
     return Scene(
         photos,
         loaded.images,
-        Prediction(_cameras(model, loaded), depths, confidences, tokens, text),
+        Prediction(_cameras(model, loaded), depths, confidences, *_tokens(folder / "tokens.npz")),
         model.camera_of_image,
         model.tracks,
         torch.from_numpy(model.rgb),
         points.read_cloud(folder / "points.ply"),
-        Provenance(**{field.name: made[field.name] for field in fields(Provenance)}),
-        tuple((row["name"], row["reason"]) for row in report["left_out"]),
-        tuple(report["warnings"]),
-        report["scale"],
-        report["tracks"],
+        made_by,
+        left_out,
+        *said,
         priors=report.get("priors", {}),
-        findings=tuple(Finding(**row) for row in report.get("findings", [])),
+        findings=findings,
     )
+
+
+@contextlib.contextmanager
+def _well_formed(path: Path) -> Iterator[None]:
+    """What a report lacks, or holds of another kind, is an InputError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        words = f"{type(error).__name__}: {error}"
+        raise InputError(f"no report of a scene: {path} ({words})") from error
 
 
 def read_foreign(folder: Path, photos: Path | None) -> Scene:
@@ -176,9 +193,12 @@ def _padded(maps: list[Tensor], images: ImageSet) -> Tensor:
 def _tokens(path: Path) -> tuple[Tensor | None, Tensor | None]:
     if not path.is_file():
         return None, None
-    with np.load(path) as arrays:
-        text = torch.from_numpy(arrays["text"]) if "text" in arrays else None
-        return torch.from_numpy(arrays["tokens"]), text
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            text = torch.from_numpy(arrays["text"]) if "text" in arrays else None
+            return torch.from_numpy(arrays["tokens"]), text
+    except (OSError, ValueError, TypeError, LookupError, EOFError, BadZipFile) as error:
+        raise InputError(f"no tokens can be read: {path} ({error})") from error
 
 
 def _only(model: Model, frames: list[int]) -> Model:

@@ -17,18 +17,20 @@ SAME_WORLD = [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]
 
 
 def write(scene: Scene, model: Model, folder: Path) -> None:
-    """transforms.json in `folder`, with depth maps where depths/ is there already."""
-    found = content(model, scene.dense is not None, (folder / "depths").is_dir())
+    """transforms.json in `folder`, with depth maps where depths/ is there already, and masks."""
+    depths = (folder / "depths").is_dir()
+    masks = any(photo.mask or photo.transparent for photo in scene.photos)
+    found = content(model, scene.dense is not None, depths, masks)
     text = json.dumps(found, indent=1) + "\n"
     (folder / "transforms.json").write_text(text, encoding="utf-8")
 
 
-def content(model: Model, cloud: bool, depths: bool) -> dict[str, Any]:
+def content(model: Model, cloud: bool, depths: bool, masks: bool = False) -> dict[str, Any]:
     """What transforms.json says: camera-to-world with OpenGL axes, pixels of the files.
 
     The world is that of the COLMAP model and of points.ply: the parser applies
     `applied_transform`, here the identity, to points alone. One lens stands at the top, several
-    in their frames. cloud, depths: whether points.ply and depths/ are there.
+    in their frames. cloud, depths, masks: whether points.ply, depths/ and masks/ are there.
     Source: nerfstudio's data conventions; data/dataparsers/nerfstudio_dataparser.py.
     """
     bottom = torch.tensor([[0.0, 0, 0, 1]], dtype=torch.float64)
@@ -40,6 +42,8 @@ def content(model: Model, cloud: bool, depths: bool) -> dict[str, Any]:
         frame: dict[str, Any] = {"file_path": f"images/{name}"}
         if depths:
             frame["depth_file_path"] = f"depths/{Path(name).stem}.png"
+        if masks:
+            frame["mask_path"] = f"masks/{Path(name).stem}.png"
         frame |= {} if shared else lenses[i]
         frames.append(frame | {"transform_matrix": (world_from_camera @ OPENGL).tolist()})
     return {

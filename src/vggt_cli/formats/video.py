@@ -7,6 +7,7 @@ import math
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,7 +63,8 @@ def as_photos(
 ) -> tuple[Path, dict[Path, Frame], list[tuple[str, str]]]:
     """Keyframes of the `videos` as JPEG files of quality 95: their root, they, and what is unread.
 
-    The files are called VIDEO_NUMBER.jpg and last as long as one of their `Frame`s.
+    The files are called VIDEO_NUMBER.jpg, with the video's ending where two differ by no more, and
+    last as long as one of their `Frame`s.
     fps: so many a second, the sharpest in its time; None: by motion. most: of all videos together.
     progress: called with the seconds done and all.
     Raises InputError without PyAV, or if no video can be read; OutputError where the disk is full.
@@ -72,9 +74,11 @@ def as_photos(
     frames: dict[Path, Frame] = {}
     unread: list[tuple[str, str]] = []
     share = max(1, most // len(videos))
+    bare = Counter(path.absolute().with_suffix("") for path in videos)
     for path in videos:
         name = name_in(root, path)
-        target = folder.path / Path(name).with_suffix("")
+        alone = bare[path.absolute().with_suffix("")] == 1
+        target = folder.path / (Path(name).with_suffix("") if alone else name)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             found = _written(keyframes(path, fps, progress), target, share)
@@ -92,6 +96,9 @@ def as_photos(
         log.info("%s: %d keyframes", name, len(found))
     if not frames:
         raise InputError("; ".join(why for _, why in unread[:3]))
+    if len(frames) > most:  # of more videos than that
+        even = np.linspace(0, len(frames) - 1, most).round().astype(int)
+        frames = dict(list(frames.items())[i] for i in even)
     return folder.path, frames, unread
 
 

@@ -31,6 +31,7 @@ from vggt_cli.formats.claims import claimed
 from vggt_cli.models.store import home
 from vggt_cli.models.weights import Networks
 from vggt_cli.reconstruction import pipeline
+from vggt_cli.reconstruction.content import FILES
 from vggt_cli.reconstruction.plan import memory_of
 from vggt_cli.reconstruction.settings import Options
 from vggt_cli.reconstruction.stages import Progress, silent
@@ -79,7 +80,7 @@ def read_jobs(lines: Iterable[str], usual: Options) -> list[Job]:
         if not line.strip():
             continue
         job = _job(line, usual, f"line {number}")
-        if (first := taken.setdefault(job.out.absolute(), number)) != number:
+        if (first := taken.setdefault(job.out.resolve(), number)) != number:
             raise InputError(f"lines {first} and {number} write the same scene: {job.out}")
         jobs.append(job)
     return jobs
@@ -242,11 +243,13 @@ def _side_by_side(jobs: Sequence[Job], how: How) -> Iterator[dict[str, Any]]:
 def _in_processes(rest: list[Job], how: How, workers: int) -> Iterator[dict[str, Any]]:
     """Results as they come, their jobs taken from `rest`; ends early where a process died."""
     # Not forked: threads of torch do not survive it.
-    with ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _begin, (workers,)
-    ) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, _begin, (workers,)) as pool:
         try:
+            # Processes keep the mask: none of them hears an interrupt before `_begin` ran.
+            heard = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             futures = {pool.submit(_work, job, how): job for job in rest}
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
             for future in as_completed(futures):
                 line = future.result()
                 rest.remove(futures[future])
@@ -299,5 +302,12 @@ def _on_ray(jobs: Sequence[Job], how: How) -> Iterator[dict[str, Any]]:
 
 def _absolute(job: Job) -> Job:
     """The job for a process that starts in another folder."""
+    given = {name: getattr(job.options, name) for name in FILES}
+    if Path(job.options.model).suffix:  # a file: names have none
+        given["model"] = job.options.model
+    there: dict[str, Any] = {
+        name: str(Path(p).absolute()) for name, p in given.items() if p and Path(p).exists()
+    }
     source = job.source if job.source == "-" else str(Path(job.source).absolute())
-    return dataclasses.replace(job, source=source, out=job.out.absolute())
+    options = dataclasses.replace(job.options, **there)
+    return dataclasses.replace(job, source=source, out=job.out.absolute(), options=options)

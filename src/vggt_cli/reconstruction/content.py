@@ -20,18 +20,19 @@ NO_RESULT = ("max_memory", "offline", "require_commercial", "strict")
 def key(root: Path, paths: Sequence[Path], options: Mapping[str, Any], weights: str) -> str:
     """sha256 of the photos with their names, of the options and of the weights' sha256.
 
-    Photos that cannot be read count by name, and so do files that an option names, within their
-    folder. Other versions of this tool give other keys.
+    Photos that cannot be read count by name. Of a file or folder that an option names counts what
+    is in it, with names, and not where it is. Other versions of this tool give other keys.
     """
-    known = {k: v for k, v in options.items() if k not in NO_RESULT}
-    given = [Path(known[k]) for k in FILES if known.get(k)]
-    inside = [(g, f) for g in given for f in (sorted(below(g)) if g.is_dir() else [g])]
-    photos = [(name_in(root, path), path) for path in paths]
-    named = [*photos, *((name_in(g, f), f) for g, f in inside if f.is_file())]
+    given = {k: Path(options[k]) for k in FILES if options.get(k) and Path(options[k]).exists()}
+    known = {k: v for k, v in options.items() if k not in (*NO_RESULT, *given)}
+    named = [("", name_in(root, path), path) for path in paths]
+    for option, place in given.items():
+        inside = sorted(below(place)) if place.is_dir() else [place]
+        named += [(option, name_in(place, file), file) for file in inside if file.is_file()]
     with ThreadPoolExecutor() as threads:  # hashing lets go of Python's lock
-        digests = list(threads.map(_digest, [path for _, path in named]))
-    files = [(name, digest) for (name, _), digest in zip(named, digests, strict=True)]
-    said = [__version__, weights, known, files[: len(photos)], files[len(photos) :]]
+        digests = threads.map(_digest, [path for *_, path in named])
+        files = [(*name, digest) for (*name, _), digest in zip(named, digests, strict=True)]
+    said = [__version__, weights, known, files]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
