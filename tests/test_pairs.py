@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from vggt_cli import device as devices
 from vggt_cli.geometry import invert
 from vggt_cli.reconstruction import matches
-from vggt_cli.reconstruction.matches import match, union
+from vggt_cli.reconstruction.matches import count_matches, match, union
 from vggt_cli.reconstruction.pairs import (
     EXHAUSTIVE,
     alike,
@@ -107,6 +107,23 @@ def test_photos_are_alike_by_the_number_of_their_common_features() -> None:
     assert looks[0, 2] == looks[2, 0] >= 30
     assert looks[0, 1] < 10
     assert alike([vectors[0], vectors[0][:0]]).tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_matches_of_several_are_counted_as_one_by_one(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    first = (torch.rand(50, 32, generator=random) ** 2 * 250).to(dtype)
+    others = [
+        (first[torch.randperm(50, generator=random)[:n]] + torch.rand(n, 32, generator=random) * r)
+        for n, r in ((0, 0), (1, 0), (2, 9), (30, 5), (50, 99), (49, 220))
+    ]
+    others = [x.clamp(0, 255).to(dtype) for x in others]
+    others[-1][3] = others[-1][4]
+    counts = count_matches(first, others)
+    assert counts.tolist() == [len(match(first, x)[0]) for x in others]
+    assert sum(counts) > 40
+    assert count_matches(first[:0], others).tolist() == [0] * 6
+    assert count_matches(first, []).tolist() == []
 
 
 def test_matches_do_not_depend_on_how_many_rows_are_held(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from vggt_cli.device import multiplies_int8
 from vggt_cli.formats.colmap import Array
@@ -29,7 +30,7 @@ def match(first: Tensor, second: Tensor, ratio: float = RATIO) -> tuple[Tensor, 
     if not len(first) or len(second) < 2:
         return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
     n, m = len(first), len(second)
-    fill = _cosines(first, second)
+    fill = _cosines(first, second, ROWS)
     blocks = max(2, -(-m // BLOCK))
     table = torch.full((ROWS, blocks * BLOCK), -2.0)  # less than any cosine where there is none
     most = torch.full((m,), -2.0)  # that any row is like each of `second`
@@ -52,13 +53,42 @@ def match(first: Tensor, second: Tensor, ratio: float = RATIO) -> tuple[Tensor, 
     return row[kept], partner[kept]
 
 
-def _cosines(first: Tensor, second: Tensor) -> Callable[[slice, Tensor], object]:
-    """What writes the cosines of some rows of `first` with all of `second` into a table [r, m]."""
+def count_matches(first: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """[K] float32: how many rows of `first` [n, D] `match` finds in each of `others` [m, D].
+
+    For few rows: the whole table is held.
+    """
+    length = torch.tensor([len(x) for x in others])
+    K, m = len(others), max(map(len, others), default=0)
+    if not len(first) or m < 2:
+        return torch.zeros(K)
+    second = pad_sequence(list(others), batch_first=True).flatten(0, 1)
+    table = torch.empty(len(first), K * m)
+    _cosines(first, second, len(first))(slice(None), table)
+    table = table.unflatten(1, (K, m))
+    if int(length.min()) < m:
+        table.masked_fill_(torch.arange(m) >= length[:, None], -2)
+    value, index = table.topk(2, dim=2)
+    distance = (2 - 2 * value).clamp(min=0).sqrt()
+    clear = (distance[..., 0] < RATIO * distance[..., 1]) & (length > 1)  # [n, K]
+    partner = index[..., 0].mT  # [K, n]
+    mutual = value[..., 0].mT >= table.amax(0).gather(1, partner)
+    other, row = (clear.mT & mutual).nonzero().unbind(1)
+    found = torch.zeros(K, m)
+    found[other, partner[other, row]] = 1
+    return found.sum(1)
+
+
+def _cosines(first: Tensor, second: Tensor, rows: int) -> Callable[[slice, Tensor], object]:
+    """What writes the cosines of some rows of `first` with all of `second` into a table [r, m].
+
+    rows: that are asked for at a time, at most.
+    """
     if first.dtype != torch.uint8:
         a, b = F.normalize(first.float(), dim=-1), F.normalize(second.float(), dim=-1)
         return lambda some, table: torch.mm(a[some], b.mT, out=table)
     over_first, over_second = (1 / x.float().norm(dim=1).clamp(min=1) for x in (first, second))
-    products = _whole_products(first, second)
+    products = _whole_products(first, second, rows)
 
     def fill(some: slice, table: Tensor) -> None:
         products(some, table)
@@ -67,7 +97,7 @@ def _cosines(first: Tensor, second: Tensor) -> Callable[[slice, Tensor], object]
     return fill
 
 
-def _whole_products(first: Tensor, second: Tensor) -> Callable[[slice, Tensor], object]:
+def _whole_products(first: Tensor, second: Tensor, rows: int) -> Callable[[slice, Tensor], object]:
     """What writes the products of rows of uint8 into a table; exact, as sums under 2^24 are."""
     if not multiplies_int8():
         a, b = first.float(), second.float()
@@ -77,7 +107,7 @@ def _whole_products(first: Tensor, second: Tensor) -> Callable[[slice, Tensor], 
     to_row = 128 * first.int().sum(1, keepdim=True).float()
     to_column = (128 * second.int().sum(1) - 128 * 128 * second.shape[1]).int()
     far = far.T.contiguous()
-    held = torch.empty(ROWS, len(second), dtype=torch.int32)
+    held = torch.empty(rows, len(second), dtype=torch.int32)
 
     def fill(some: slice, table: Tensor) -> None:
         exact = torch._int_mm(near[some], far, out=held[: len(table)])

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vggt_cli.device import one_thread_each
 from vggt_cli.geometry import project, resize, unproject
-from vggt_cli.reconstruction.matches import match
+from vggt_cli.reconstruction.matches import count_matches
 from vggt_cli.scene import Cameras, ImageSet, Prediction, Tracks
 
 EXHAUSTIVE = 20  # photos up to which every pair is compared: 190 pairs
@@ -21,6 +22,7 @@ BY_GEOMETRY, BY_LOOKS, BY_ORDER = 10, 5, 2  # partners of a photo beyond that
 AGREEMENT = 0.2  # of the depth: rough networks may err that much and still see the same place
 SAMPLES = 32  # pixels along each side of a frame
 LARGEST = 256  # features of a photo that stand for its looks
+AT_ONCE = 8  # photos whose looks are compared with one photo's
 ALIKE = 8  # of these match between photos that do look alike; strangers have one or two
 
 
@@ -88,10 +90,15 @@ def alike(
     """
     counts = torch.zeros(len(vectors), len(vectors))
     few = [x[:LARGEST] for x in vectors]
-    for i, first in enumerate(few):
-        for j in range(i + 1, len(few)):
-            counts[i, j] = counts[j, i] = len(match(first, few[j])[0])
-        progress(i + 1, len(few))
+
+    def row(i: int) -> Tensor:
+        starts = range(i + 1, len(few), AT_ONCE)
+        return torch.cat([count_matches(few[i], few[at : at + AT_ONCE]) for at in starts])
+
+    with one_thread_each() as pool:
+        for i, found in enumerate(pool.map(row, range(len(few) - 1))):
+            counts[i, i + 1 :] = counts[i + 1 :, i] = found
+            progress(i + 1, len(few))
     return counts
 
 
