@@ -64,19 +64,22 @@ def covisible(prediction: Prediction, valid: Tensor) -> Tensor:
     S, H, W = depth.shape
     rows = torch.linspace(0, H - 1, min(H, SAMPLES)).round().long()
     columns = torch.linspace(0, W - 1, min(W, SAMPLES)).round().long()
-    usable = valid & depth.isfinite() & (depth > 0)
     share = torch.zeros(S, S)
     for i in range(S):
+        usable = (valid[i] & depth[i].isfinite() & (depth[i] > 0))[rows[:, None], columns]
         points = unproject(depth[i], cameras.intrinsics[i], cameras.extrinsics[i])
-        points = points[rows[:, None], columns][usable[i][rows[:, None], columns]]  # [n, 3]
+        points = points[rows[:, None], columns][usable]  # [n, 3]
         if not len(points):
             continue
         everywhere = points.expand(S, 1, -1, 3)
         xy, z = (x[:, 0] for x in project(everywhere, cameras.intrinsics, cameras.extrinsics))
         inside = (z > 0) & (xy >= 0).all(-1) & (xy[..., 0] < W) & (xy[..., 1] < H)
         column, row = torch.where(inside[..., None], xy, 0).long().unbind(-1)
-        there = (depth * usable).flatten(1).gather(1, row * W + column)
-        share[i] = (inside & ((there - z).abs() < AGREEMENT * z)).float().mean(1)
+        # What is looked up, not whole maps: those would be S times S.
+        pixel = row * W + column
+        there = depth.flatten(1).gather(1, pixel)
+        known = valid.flatten(1).gather(1, pixel) & (there > 0)  # infinite depth agrees with none
+        share[i] = (inside & known & ((there - z).abs() < AGREEMENT * z)).float().mean(1)
     return share
 
 
