@@ -23,6 +23,7 @@ AGREEMENT = 0.02  # of the point's depth: within it a pixel's own depth joins th
 SEEN_THROUGH = 0.10  # a pixel this much deeper than the point speaks against it
 DEPTH_EDGE = 0.03  # of the depth, within 3 x 3 pixels (spec vggt_omega section 8)
 AT_ONCE = 32  # frames
+IN_CACHE = 2**15  # points worked on at a time: they stay in the cache, of one thread of torch
 SAMPLED = 20_000_000  # values of confidence for a percentile; of fewer all
 USUAL_OF = 200  # frames that tell how rough depth usually is; of fewer all
 CANDIDATES = 4  # pixels looked at for each point of the budget
@@ -188,34 +189,38 @@ def _seeds_of_frame(prediction: Prediction, images: ImageSet, frame: int, pixel:
 def _thin_out(seeds: _Seeds, budget: int) -> _Seeds:
     """The surest seed of each voxel, with voxels just large enough to keep the budget."""
     order = seeds.cloud.confidence.argsort(descending=True, stable=True)
-    seeds = seeds[order]
+    xyz, level = seeds.cloud.xyz[order], seeds.footprint[order].log2().round()
     low, high = 1.0, 1.0  # voxel edges in footprints
-    kept = _first_of_voxel(seeds, high)
+    kept = _first_of_voxel(xyz, level, high)
     while len(kept) > budget:
         low, high = high, high * max(1.1, (len(kept) / budget) ** 0.5)
-        kept = _first_of_voxel(seeds, high)
+        kept = _first_of_voxel(xyz, level, high)
     for _ in range(4 if high > 1 else 0):
         middle = (low + high) / 2
-        chosen = _first_of_voxel(seeds, middle)
+        chosen = _first_of_voxel(xyz, level, middle)
         low, high = (low, middle) if len(chosen) <= budget else (middle, high)
         kept = chosen if len(chosen) <= budget else kept
-    return seeds[kept]
+    return seeds[order[kept]]
 
 
-def _first_of_voxel(seeds: _Seeds, edge_in_footprints: float) -> Tensor:
+def _first_of_voxel(xyz: Tensor, level: Tensor, edge_in_footprints: float) -> Tensor:
     """Indices, ascending, of the first seed in each voxel.
 
-    The edge follows the size of a pixel at the point in steps of two, so that near surfaces keep
-    their detail and the background does not eat the budget.
+    level: [N] float32 logarithm of the seeds' footprints to the base of 2, whole: the edge follows
+    the size of a pixel at the point in steps of two, so that near surfaces keep their detail and
+    the background does not eat the budget.
     """
-    level = seeds.footprint.log2().round()
-    edge = edge_in_footprints * torch.exp2(level)
-    cell = (seeds.cloud.xyz.double() / edge[:, None].double()).floor().long()
-    # Odd multipliers, wrapping in 64 bits: two voxels sharing a key is as good as impossible.
-    key = level.long()
-    for axis in range(3):
-        key = key * 0x9E3779B97F4A7C1 + cell[:, axis] * 0x2545F4914F6CDD1D
-        key = key ^ (key >> 29)
+    key = torch.empty(len(xyz), dtype=torch.int64)
+    for start in range(0, len(xyz), IN_CACHE):
+        some = slice(start, start + IN_CACHE)
+        edge = (edge_in_footprints * torch.exp2(level[some])).double()
+        # Odd multipliers, wrapping in 64 bits: two voxels sharing a key is as good as impossible.
+        keys = level[some].long()
+        for axis in range(3):
+            cell = (xyz[some, axis].double() / edge).floor().long()
+            keys = keys.mul_(0x9E3779B97F4A7C1).add_(cell.mul_(0x2545F4914F6CDD1D))
+            keys = keys ^ (keys >> 29)
+        key[some] = keys
     ordered, index = key.sort(stable=True)
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]
