@@ -32,7 +32,7 @@ from vggt_cli.formats import colmap, depth_maps, export, glb, images, page, poin
 from vggt_cli.formats.scene_read import read
 from vggt_cli.geometry import invert, pixel_centers, unproject
 from vggt_cli.reconstruction import detect
-from vggt_cli.reconstruction.fuse import FuseOptions, confident_pixels, fuse
+from vggt_cli.reconstruction.fuse import FuseOptions, fuse
 from vggt_cli.reconstruction.matches import match
 from vggt_cli.reconstruction.pairs import alike, covisible, guess
 from vggt_cli.reconstruction.tracks import follow
@@ -181,9 +181,6 @@ def fusing(figures: Figures, folder: Path) -> None:
     step = lambda: unproject(prediction.depth, cameras.intrinsics, cameras.extrinsics)
     measured(figures, "unproject 100 frames", step)
     measured(figures, "covisible 100 frames", lambda: covisible(prediction, seen.valid))
-    measured(
-        figures, "confident pixels", lambda: confident_pixels(prediction, seen, FuseOptions())
-    )
     for name, options, observe in (
         ("fuse to 200,000 points with observations", FuseOptions(), True),
         ("fuse to 1,000,000 points with observations", FuseOptions(points=1_000_000), True),
@@ -206,7 +203,9 @@ def tracks(figures: Figures, folder: Path) -> None:
     vectors = [torch.from_numpy(x.vectors) for x in detect.sift(taken, cache, _ignored)]
     figures["features of a photo"] = sum(map(len, vectors)) / len(vectors)
     measured(figures, "match a pair", lambda: match(vectors[0], vectors[1]), runs=3)
-    measured(figures, "compare the looks of 48", lambda: alike([x for x in vectors for _ in "four"]))
+    measured(
+        figures, "compare the looks of 48", lambda: alike([x for x in vectors for _ in "four"])
+    )
     n, (H, W) = len(taken), loaded.images.size
     k = torch.tensor([[0.8 * W, 0, W / 2], [0, 0.8 * W, H / 2], [0, 0, 1]])
     size = torch.tensor([(H, W)]).expand(n, 2)
@@ -269,9 +268,7 @@ def command(figures: Figures, folder: Path) -> None:
     os.environ["VGGT_HOME"] = str(folder)  # no features from another run
     taken: list[str] = []
     out = folder / "out"
-    step = lambda: taken.append(
-        _python("-m", "vggt_cli", *words, "--out", str(out), "--overwrite")
-    )
+    step = lambda: taken.append(_python("-m", "vggt_cli", *words, "--out", str(out), "--overwrite"))
     measured(figures, "vggt reconstruct, 3 photos", step, runs=1)
     for name, seconds in json.loads(taken[-1])["seconds"].items():
         figures[f"of it: {name}, s"] = seconds

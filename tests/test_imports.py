@@ -80,7 +80,8 @@ BESIDE = {
     },
     "reconstruction": {
         "predict": set(),
-        "fuse": set(),
+        "trust": set(),
+        "fuse": {"trust"},
         "straighten": set(),
         "improve": {"depth", "priors", "refine", "straighten", "tracks"},
         "given": {"improve", "priors", "scale"},
@@ -110,7 +111,7 @@ BESIDE = {
         "priors": {"align", "judge", "readings", "refine"},
         "scale": {"align"},
         "shelf": set(),
-        "join": {"align", "fuse"},
+        "join": {"align", "trust"},
         "graph": {"join"},
         "loops": {"pairs"},
         "windows": {"graph", "join", "loops", "shelf"},
