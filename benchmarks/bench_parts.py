@@ -1,6 +1,6 @@
 """Seconds of everything in a run that is not the network, part by part, and of the whole command.
 
-python benchmarks/bench_parts.py [PART...] [--against COMMIT] [--runs N]
+python benchmarks/bench_parts.py [PART...] [--photos FOLDER] [--against COMMIT] [--runs N]
 
 Parts: start, load, fuse, tracks, write, command; all of them if none is named. Each figure is the
 least of a few runs: "s" are seconds on the clock, "cpu s" seconds of all processors together, which
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 from vggt_cli.formats import colmap, depth_maps, export, glb, images, page, points, transforms
+from vggt_cli.formats.colmap import Array
 from vggt_cli.formats.scene_read import read
 from vggt_cli.geometry import invert, pixel_centers, unproject
 from vggt_cli.reconstruction import detect
@@ -62,7 +63,9 @@ def measured(figures: Figures, name: str, step: Callable[[], object], runs: int 
         start, used = time.perf_counter(), _cpu()
         step()
         taken.append((time.perf_counter() - start, _cpu() - used))
-    figures[f"{name}, s"], figures[f"{name}, cpu s"] = (round(min(x), 4) for x in zip(*taken))
+    figures[f"{name}, s"], figures[f"{name}, cpu s"] = (
+        round(min(x), 4) for x in zip(*taken, strict=True)
+    )
 
 
 def _cpu() -> float:
@@ -72,7 +75,7 @@ def _cpu() -> float:
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
-def picture(size: tuple[int, int], seed: int = 0) -> np.ndarray:
+def picture(size: tuple[int, int], seed: int = 0) -> Array:
     """[h, w, 3] uint8 with detail at every scale, as photos have."""
     random = torch.Generator().manual_seed(seed)
     total, h, w = torch.zeros(1, 3, *size), 3, 4
@@ -118,7 +121,11 @@ def room() -> tuple[Prediction, ImageSet]:
     identity = torch.eye(3, dtype=torch.float64).expand(FRAMES, 3, 3)
     names = tuple(f"{i:03d}.jpg" for i in range(FRAMES))
     seen = ImageSet(
-        names, pixels.repeat(FRAMES, 1, 1, 1), torch.ones_like(depth, dtype=bool), identity, size
+        names,
+        pixels.repeat(FRAMES, 1, 1, 1),
+        torch.ones_like(depth, dtype=torch.bool),
+        identity,
+        size,
     )
     return Prediction(cameras, depth, confidence), seen
 
@@ -148,7 +155,7 @@ def start(figures: Figures, folder: Path) -> None:
         "import torch": ["-c", "import torch"],
         "import the main job": ["-c", "import vggt_cli.reconstruction.pipeline"],
     }.items():
-        measured(figures, name, lambda words=words: _python(*words), runs=4)
+        measured(figures, name, partial(_python, *words), runs=4)
 
 
 def _python(*words: str) -> str:
@@ -160,14 +167,19 @@ def load(figures: Figures, folder: Path) -> None:
     """Photos to the network's size: ours, and one after the other by plain Pillow."""
     for name, count, size in (("8 of 12 MP", 8, (3000, 4000)), ("16 of 2 MP", 16, (1224, 1632))):
         paths = photos(folder, count, size, 8)
-        measured(figures, f"load {name}", lambda p=paths: images.load(folder, p, SHAPING))
-        measured(figures, f"load {name} by plain Pillow", lambda p=paths: [_plain(x) for x in p])
+        measured(figures, f"load {name}", partial(images.load, folder, paths, SHAPING))
+        measured(figures, f"load {name} by plain Pillow", partial(_plain_all, paths))
         ours = images.load(folder, paths[:1], SHAPING).images.pixels[0]
         other = torch.from_numpy(_plain(paths[0])).permute(2, 0, 1)
         figures[f"load {name}: mean difference, levels"] = float((ours * 255 - other).abs().mean())
 
 
-def _plain(path: Path) -> np.ndarray:
+def _plain_all(paths: list[Path]) -> None:
+    for path in paths:
+        _plain(path)
+
+
+def _plain(path: Path) -> Array:
     with Image.open(path) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
         h, w = images.network_size((upright.height, upright.width), SHAPING)
@@ -178,8 +190,8 @@ def fusing(figures: Figures, folder: Path) -> None:
     """Depth maps to points."""
     prediction, seen = room()
     cameras = prediction.cameras
-    step = lambda: unproject(prediction.depth, cameras.intrinsics, cameras.extrinsics)
-    measured(figures, "unproject 100 frames", step)
+    unprojected = partial(unproject, prediction.depth, cameras.intrinsics, cameras.extrinsics)
+    measured(figures, "unproject 100 frames", unprojected)
     measured(figures, "covisible 100 frames", lambda: covisible(prediction, seen.valid))
     for name, options, observe in (
         ("fuse to 200,000 points with observations", FuseOptions(), True),
@@ -187,7 +199,10 @@ def fusing(figures: Figures, folder: Path) -> None:
         ("fuse to 2,000,000 points", FuseOptions(points=2_000_000), False),
     ):
         clouds: list[PointCloud] = []
-        step = lambda o=options, w=observe, c=clouds: c.append(fuse(prediction, seen, o, w))
+
+        def step(o: FuseOptions = options, w: bool = observe, c: list[PointCloud] = clouds) -> None:
+            c.append(fuse(prediction, seen, o, w))
+
         measured(figures, name, step, runs=1)
         figures[f"{name}: points"] = len(clouds[-1])
 
@@ -197,10 +212,10 @@ def tracks(figures: Figures, folder: Path) -> None:
     paths = photos(folder, 12, (1224, 1632), 60)
     loaded = images.load(folder, paths, SHAPING)
     taken = loaded.photos
-    cache = folder / "cache"
-    measured(figures, "features of 12", lambda: detect.sift(taken, cache, _ignored), runs=1)
-    measured(figures, "features of 12 from the cache", lambda: detect.sift(taken, cache, _ignored))
-    vectors = [torch.from_numpy(x.vectors) for x in detect.sift(taken, cache, _ignored)]
+    kept = folder / "cache"
+    measured(figures, "features of 12", lambda: detect.sift(taken, kept, _ignored), runs=1)
+    measured(figures, "features of 12 from the cache", lambda: detect.sift(taken, kept, _ignored))
+    vectors = [torch.from_numpy(x.vectors) for x in detect.sift(taken, kept, _ignored)]
     figures["features of a photo"] = sum(map(len, vectors)) / len(vectors)
     measured(figures, "match a pair", lambda: match(vectors[0], vectors[1]), runs=3)
     measured(
@@ -212,7 +227,7 @@ def tracks(figures: Figures, folder: Path) -> None:
     cameras = Cameras(torch.eye(3, 4).repeat(n, 1, 1), k.expand(n, 3, 3), size)
     ones = torch.ones(n, H, W)
     guessed = guess(Prediction(cameras, ones, ones), loaded.images)
-    step = lambda: follow(taken, loaded.images, guessed, None, cache)
+    step = partial(follow, taken, loaded.images, guessed, None, kept)
     measured(figures, "tracks of 12 photos, 66 pairs, features cached", step, runs=1)
 
 
@@ -238,7 +253,10 @@ def writing(figures: Figures, folder: Path) -> None:
         *(torch.from_numpy(whole.rgb), dense, MADE_BY),
     )
     fresh = iter(range(100))
-    into = lambda: (folder / f"into {next(fresh)}").absolute()
+
+    def into() -> Path:
+        return (folder / f"into {next(fresh)}").absolute()
+
     names = seen.names
     measured(figures, "confidence/ of 100", lambda: export._write_confidence(found, names, into()))
     measured(figures, "depth/ of 100", lambda: export._write_depth(found, names, into()))
@@ -256,21 +274,27 @@ def writing(figures: Figures, folder: Path) -> None:
     measured(figures, "a scene read", lambda: read(scene), runs=1)
 
 
-def _few(whole: colmap.Model) -> tuple[Tracks, np.ndarray]:
+def _few(whole: colmap.Model) -> tuple[Tracks, Array]:
     rows = whole.tracks.point < 1000
     kept = (x[rows] for x in (whole.tracks.point, whole.tracks.frame, whole.tracks.xy))
     return Tracks(whole.tracks.xyz[:1000], *kept), whole.rgb[:1000]
 
 
 def command(figures: Figures, folder: Path) -> None:
-    """`vggt reconstruct` of the example's photos with mini, in a process of its own, by stages."""
-    words = ["reconstruct", str(ROOT / "examples/motorcycle"), "--model", "mini", "--json"]
+    """`vggt reconstruct` with mini, in a process of its own, and its stages."""
+    source = os.environ.get("VGGT_BENCH_PHOTOS", str(ROOT / "examples/motorcycle"))
+    words = ["reconstruct", source, "--model", "mini", "--json", "--out", str(folder / "out")]
     os.environ["VGGT_HOME"] = str(folder)  # no features from another run
-    taken: list[str] = []
-    out = folder / "out"
-    step = lambda: taken.append(_python("-m", "vggt_cli", *words, "--out", str(out), "--overwrite"))
-    measured(figures, "vggt reconstruct, 3 photos", step, runs=1)
-    for name, seconds in json.loads(taken[-1])["seconds"].items():
+    reports: list[str] = []
+    measured(
+        figures,
+        "vggt reconstruct",
+        lambda: reports.append(_python("-m", "vggt_cli", *words)),
+        runs=1,
+    )
+    report = json.loads(reports[-1])
+    figures["of it: photos"] = len(report["images"])
+    for name, seconds in report["seconds"].items():
         figures[f"of it: {name}, s"] = seconds
 
 
@@ -287,23 +311,26 @@ PARTS = {
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=[*PARTS, []])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--against", metavar="COMMIT")
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--photos", help="folder for the whole command; the example's")
     parser.add_argument("--once", action="store_true", help="print the figures alone")
     asked = parser.parse_args()
     chosen = asked.parts or list(PARTS)
+    if asked.photos:
+        os.environ["VGGT_BENCH_PHOTOS"] = str(Path(asked.photos).absolute())
     if asked.against:
         figures = compared(__file__, [*chosen, "--once"], asked.against, asked.runs)
         print(write("parts" if chosen == list(PARTS) else f"parts_{'_'.join(chosen)}", figures))
         return
     logging.disable(logging.WARNING)
-    figures = {}
+    found: Figures = {}
     for part in chosen:
         with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(sys.stderr):
-            PARTS[part](figures, Path(place))
+            PARTS[part](found, Path(place))
             print(part, file=sys.stderr, flush=True)
-    print(json.dumps(figures) if asked.once else write("parts", figures))
+    print(json.dumps(found) if asked.once else write("parts", found))
 
 
 if __name__ == "__main__":
