@@ -1,5 +1,7 @@
 """Which device and dtype; the words that mean out of memory."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -46,6 +48,31 @@ def test_the_dtype_is_short_only_where_hardware_multiplies_it(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda _: False)
     assert devices.compute_dtype(torch.device("cuda")) == torch.float16
     assert devices.compute_dtype(torch.device("mps")) == torch.float32
+
+
+def test_products_of_int8_are_taken_where_they_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda there=there: there)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+        assert devices.multiplies_int8() == there
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not devices.multiplies_int8()
+
+
+def test_threads_of_a_pool_use_one_thread_each_and_the_others_what_they_used() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with devices.one_thread_each() as pool:
+            counts = list(pool.map(lambda _: torch.get_num_threads(), range(20)))
+            assert pool._max_workers == 3
+        assert set(counts) == {1}
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_running_out_of_memory_is_told_from_other_errors() -> None:

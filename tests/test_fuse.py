@@ -5,19 +5,20 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.testing import assert_close
 from wall import EVERYTHING, H, S, W, wall
 
 from vggt_cli.errors import GeometryError
-from vggt_cli.geometry import project_tracks
+from vggt_cli.geometry import project_tracks, unproject
 from vggt_cli.reconstruction import fuse as fuse_module
+from vggt_cli.reconstruction import trust
 from vggt_cli.reconstruction.fuse import (
     AGREEMENT,
-    confident_pixels,
-    depth_edges,
     fuse,
     surface_normals,
 )
+from vggt_cli.reconstruction.trust import confident_pixels, depth_edges
 from vggt_cli.scene import PointCloud, Prediction
 
 
@@ -171,12 +172,40 @@ def test_how_many_frames_are_looked_at_at_once_changes_nothing(
 ) -> None:
     options = dataclasses.replace(EVERYTHING, confidence=30)
     whole = fuse(*wall(), options)
-    monkeypatch.setattr(fuse_module, "AT_ONCE", 1)
-    assert torch.equal(fuse(*wall(), options).xyz, whole.xyz)
+    monkeypatch.setattr(trust, "AT_ONCE", 1)
+    monkeypatch.setattr(fuse_module, "AHEAD", 1)
+    monkeypatch.setattr(fuse_module, "IN_CACHE", 7)
+    again = fuse(*wall(), options)
+    assert torch.equal(again.xyz, whole.xyz)
+    assert again.observations is not None
+    assert whole.observations is not None
+    assert torch.equal(again.observations.point, whole.observations.point)
+    assert torch.equal(again.observations.xy, whole.observations.xy)
+
+
+def test_edges_are_where_the_windows_of_a_pooling_differ() -> None:
+    random = torch.Generator().manual_seed(0)
+    depth = 2 + 0.05 * torch.randn(3, 9, 11, generator=random)
+    depth[1, 4, 4] = torch.nan
+    padded = F.pad(depth[:, None], (1, 1, 1, 1), mode="replicate")
+    spread = (F.max_pool2d(padded, 3, 1) + F.max_pool2d(-padded, 3, 1))[:, 0] / depth
+    valid = depth.isfinite()
+    limit = max(0.03, 3 * float(spread[valid].median()))
+    assert torch.equal(depth_edges(depth, valid), spread > limit)
+    assert depth_edges(depth[:, :1, :1], valid[:, :1, :1]).sum() == 0
+
+
+def test_a_point_beside_unknown_depth_faces_its_camera() -> None:
+    points = unproject(torch.full((4, 5), 2.0), torch.eye(3), torch.eye(3, 4))
+    points[1, 2] = torch.nan
+    normals = surface_normals(points, torch.zeros(3))
+    known = points.isfinite().all(-1)
+    assert normals[known].isfinite().all()
+    assert_close(normals[1, 1], F.normalize(-points[1, 1], dim=0))
 
 
 def test_a_percentile_of_many_values_is_taken_from_some(monkeypatch: pytest.MonkeyPatch) -> None:
     prediction, images = wall()
-    monkeypatch.setattr(fuse_module, "SAMPLED", S * H * W // 4)
-    kept = confident_pixels(prediction, images, dataclasses.replace(EVERYTHING, confidence=60))
+    monkeypatch.setattr(trust, "SAMPLED", S * H * W // 4)
+    kept = confident_pixels(prediction, images, 60)
     assert kept.float().mean() == pytest.approx(0.4, abs=0.05)

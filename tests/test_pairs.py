@@ -5,10 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
+from vggt_cli import device as devices
 from vggt_cli.geometry import invert
 from vggt_cli.reconstruction import matches
-from vggt_cli.reconstruction.matches import match, union
+from vggt_cli.reconstruction.matches import count_matches, match, union
 from vggt_cli.reconstruction.pairs import (
     EXHAUSTIVE,
     alike,
@@ -107,6 +109,23 @@ def test_photos_are_alike_by_the_number_of_their_common_features() -> None:
     assert alike([vectors[0], vectors[0][:0]]).tolist() == [[0, 0], [0, 0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_matches_of_several_are_counted_as_one_by_one(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    first = (torch.rand(50, 32, generator=random) ** 2 * 250).to(dtype)
+    others = [
+        (first[torch.randperm(50, generator=random)[:n]] + torch.rand(n, 32, generator=random) * r)
+        for n, r in ((0, 0), (1, 0), (2, 9), (30, 5), (50, 99), (49, 220))
+    ]
+    others = [x.clamp(0, 255).to(dtype) for x in others]
+    others[-1][3] = others[-1][4]
+    counts = count_matches(first, others)
+    assert counts.tolist() == [len(match(first, x)[0]) for x in others]
+    assert sum(counts) > 40
+    assert count_matches(first[:0], others).tolist() == [0] * 6
+    assert count_matches(first, []).tolist() == []
+
+
 def test_matches_do_not_depend_on_how_many_rows_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     random = torch.Generator().manual_seed(0)
     first = torch.rand(50, 16, generator=random)
@@ -116,6 +135,47 @@ def test_matches_do_not_depend_on_how_many_rows_are_held(monkeypatch: pytest.Mon
     monkeypatch.setattr(matches, "ROWS", 7)
     for a, b in zip(match(first, second), whole, strict=True):
         assert a.tolist() == b.tolist()
+
+
+def test_matches_of_whole_numbers_are_those_of_the_plain_definition_by_either_instruction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    spread = (torch.rand(301, 128, generator=random) ** 4 * 255).round()
+    noise = torch.randn(203, 128, generator=random) * torch.linspace(0, 60, 203)[:, None]
+    first = spread.byte()
+    second = (spread[:203] + noise).clamp(0, 255).byte()[torch.randperm(203, generator=random)]
+    second[:4] = second[4]  # equal likeness
+    first[9] = first[7]
+    a, b = (F.normalize(x.double(), dim=1) for x in (first, second))
+    likeness = a @ b.mT
+    distance = (2 - 2 * likeness.topk(2, dim=1).values).clamp(min=0).sqrt()
+    nearest, back = likeness.argmax(1), likeness.argmax(0)
+    wanted = [
+        (i, int(j))
+        for i, j in enumerate(nearest)
+        if back[j] == i and distance[i, 0] < 0.8 * distance[i, 1]
+    ]
+    assert 50 < len(wanted) < 200
+    for there in (True, False):
+        if there and not devices.multiplies_int8():
+            continue
+        monkeypatch.setattr(matches, "multiplies_int8", lambda there=there: there)
+        rows, partners = match(first, second)
+        assert list(zip(rows.tolist(), partners.tolist(), strict=True)) == wanted
+
+
+@pytest.mark.parametrize("width", [2, 63, 64, 65, 128, 200])
+def test_the_two_largest_are_found_whatever_the_width(width: int) -> None:
+    random = torch.Generator().manual_seed(width)
+    first, second = (torch.randn(n, 8, generator=random) for n in (70, width))
+    table = F.normalize(first, dim=1) @ F.normalize(second, dim=1).mT
+    everything = match(first, second, ratio=1.0)
+    mutual = [(i, int(j)) for i, j in enumerate(table.argmax(1)) if table.argmax(0)[j] == i]
+    assert list(zip(*(x.tolist() for x in everything), strict=True)) == mutual
+    distance = (2 - 2 * table.topk(2, dim=1).values).clamp(min=0).sqrt()
+    clear = [pair for pair in mutual if distance[pair[0], 0] < 0.8 * distance[pair[0], 1]]
+    assert list(zip(*(x.tolist() for x in match(first, second)), strict=True)) == clear
 
 
 def joined(frame: list[int], edges: list[tuple[int, int]], weight: list[int]) -> list[int]:

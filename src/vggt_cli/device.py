@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -55,6 +56,30 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def _cpu_multiplies_bfloat16() -> bool:
     # Private in torch, present since 2.5; without the instructions bfloat16 is emulated and slow.
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def multiplies_int8() -> bool:
+    """Whether the CPU's products of int8 are exact and faster than those of float32.
+
+    Without these instructions sums are cut at 16 bits, or the products are a plain loop.
+    """
+    return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported())
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """Threads, as many as torch uses, in each of which torch uses one.
+
+    Many small products are quicker so than one after the other in all threads, which wait for each
+    other after every step, and long where the processor is shared.
+    """
+    count = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(count)  # the others' number is what new threads would take
 
 
 def describe() -> list[tuple[str, str]]:

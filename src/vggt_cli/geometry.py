@@ -102,13 +102,15 @@ def pixel_centers(size: tuple[int, int], like: Tensor) -> Tensor:
 
 def unproject(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
     """World points [..., H, W, 3] of the z-depth maps `depth` [..., H, W]."""
-    xy = pixel_centers((depth.shape[-2], depth.shape[-1]), depth)
-    focal = torch.diagonal(intrinsics, dim1=-2, dim2=-1)[..., :2]  # [..., 2]
-    rays = (xy - intrinsics[..., None, None, :2, 2]) / focal[..., None, None, :]  # z = 1
-    camera = torch.cat([rays, torch.ones_like(rays[..., :1])], dim=-1) * depth[..., None]
-    rotation, translation = extrinsics[..., :3], extrinsics[..., None, None, :, 3]
-    # Row vectors: (x - t) R equals R^T (x - t).
-    return (camera - translation) @ rotation[..., None, :, :]
+    # Plane by plane, x y and z each in one piece: several times as fast as pixel by pixel.
+    columns, rows = (torch.arange(n).to(depth) + 0.5 for n in (depth.shape[-1], depth.shape[-2]))
+    x = (columns - intrinsics[..., 0, 2, None]) / intrinsics[..., 0, 0, None]  # [..., W], z = 1
+    y = (rows - intrinsics[..., 1, 2, None]) / intrinsics[..., 1, 1, None]
+    camera = torch.stack([x[..., None, :] * depth, y[..., None] * depth, depth], -3).flatten(-2)
+    rotation, translation = extrinsics[..., :3], extrinsics[..., 3:]
+    world = rotation.mT @ (camera - translation)  # [..., 3, H W]
+    points: Tensor = world.mT.unflatten(-2, depth.shape[-2:]).contiguous()
+    return points
 
 
 def surface_normals(points: Tensor, center: Tensor) -> Tensor:
@@ -127,12 +129,16 @@ def project(points: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> tuple[Ten
 
     Points at or behind the camera have z <= 0 and pixels without meaning.
     """
-    rotation, translation = extrinsics[..., :3], extrinsics[..., None, None, :, 3]
-    camera = points @ rotation.mT[..., None, :, :] + translation
-    z = camera[..., 2]
-    focal = torch.diagonal(intrinsics, dim1=-2, dim2=-1)[..., None, None, :2]
+    size = points.shape[-3:-1]
+    camera = extrinsics[..., :3] @ points.flatten(-3, -2).mT + extrinsics[..., 3:]  # [..., 3, H W]
+    x, y, z = camera.unbind(-2)
     safe = torch.where(z == 0, torch.finfo(z.dtype).tiny, z)
-    return camera[..., :2] / safe[..., None] * focal + intrinsics[..., None, None, :2, 2], z
+    k = intrinsics[..., None]
+    pixels = [
+        x / safe * k[..., 0, 0, :] + k[..., 0, 2, :],
+        y / safe * k[..., 1, 1, :] + k[..., 1, 2, :],
+    ]
+    return torch.stack(pixels, -1).unflatten(-2, size), z.unflatten(-1, size)
 
 
 def project_tracks(tracks: Tracks, cameras: Cameras) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from vggt_cli.geometry import project_tracks, quaternion_from_rotation
 from vggt_cli.scene import Cameras, Tracks
 
 Array = npt.NDArray[Any]
+AT_ONCE = 2**16  # points that are made into lines of text together
 PINHOLE = 1  # COLMAP's number of the camera model
 
 
@@ -64,6 +66,10 @@ class Model:
 
     def point_errors(self) -> Array:
         """[N] mean distance in pixels from a point's observations to its projections."""
+        return self._point_errors
+
+    @cached_property
+    def _point_errors(self) -> Array:  # files and the report ask for them
         tracks = self.tracks
         xy, _ = project_tracks(tracks, self.cameras)
         distance = (xy - tracks.xy.double()).norm(dim=-1).numpy()
@@ -163,22 +169,40 @@ def _write_images_text(model: Model, path: Path) -> None:
         for i, (name, rows) in enumerate(zip(model.names, rows_of_image, strict=True)):
             pose = " ".join(repr(x) for x in [*quaternions[i].tolist(), *translations[i].tolist()])
             file.write(f"{i + 1} {pose} {model.camera_of_image[i] + 1} {name}\n")
-            seen = zip(xy[rows].tolist(), (point[rows] + 1).tolist(), strict=True)
-            file.write(" ".join(f"{x:.9g} {y:.9g} {p}" for (x, y), p in seen) + "\n")
+            seen = np.empty((len(rows), 3), object)
+            seen[:, :2], seen[:, 2] = xy[rows], point[rows] + 1
+            # One pattern for all: twice as fast as a string for each.
+            file.write(" ".join(["%.9g %.9g %d"] * len(rows)) % tuple(seen.ravel()) + "\n")
 
 
 def _write_points_text(model: Model, path: Path) -> None:
     tracks, errors = model.tracks, model.point_errors()
     _, index = model.observations_by_image()
     starts = np.searchsorted(tracks.point.numpy(), np.arange(len(tracks.xyz) + 1))
-    seen = np.stack([tracks.frame.numpy() + 1, index], -1).tolist()
+    lengths = np.diff(starts)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write("# POINT3D_ID, X, Y, Z, R, G, B, ERROR, TRACK[] as (IMAGE_ID, POINT2D_IDX)\n")
-        rows = zip(tracks.xyz.tolist(), model.rgb.tolist(), errors.tolist(), strict=True)
-        for i, (xyz, rgb, error) in enumerate(rows):
-            track = " ".join(f"{f} {k}" for f, k in seen[starts[i] : starts[i + 1]])
-            place = " ".join(f"{x:.9g}" for x in xyz)
-            file.write(f"{i + 1} {place} {rgb[0]} {rgb[1]} {rgb[2]} {error:.9g} {track}\n")
+        for first in range(0, len(lengths), AT_ONCE):
+            some = slice(first, first + AT_ONCE)
+            seen = slice(starts[first], starts[min(first + AT_ONCE, len(lengths))])
+            columns = [np.arange(first, len(lengths))[:AT_ONCE] + 1, *tracks.xyz[some].numpy().T]
+            columns += [*model.rgb[some].T, errors[some]]
+            elements = tracks.frame[seen].numpy() + 1, index[seen]
+            file.write(_lines_of_points(columns, elements, lengths[some]))
+
+
+def _lines_of_points(columns: list[Array], elements: tuple[Array, Array], lengths: Array) -> str:
+    """A line each of eight `columns` [n] and of as many `elements` [m] as `lengths` [n] says."""
+    starts = np.cumsum(8 + 2 * lengths) - (8 + 2 * lengths)  # of the lines, in values
+    values = np.empty(int((8 + 2 * lengths).sum()), object)
+    for k, column in enumerate(columns):
+        values[starts + k] = column
+    at = np.repeat(starts + 8 - 2 * (np.cumsum(lengths) - lengths), lengths)
+    at += 2 * np.arange(len(at))
+    values[at], values[at + 1] = elements
+    pattern = {n: " ".join(["%d %d"] * n) for n in np.unique(lengths).tolist()}
+    head = "%d %.9g %.9g %.9g %d %d %d %.9g "
+    return "".join([f"{head}{pattern[n]}\n" for n in lengths.tolist()]) % tuple(values)
 
 
 def pycolmap() -> ModuleType:

@@ -9,6 +9,7 @@ All maps have the size of depth/NAME.npy, which is what the network knew: the re
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from vggt_cli.device import one_thread_each
 from vggt_cli.errors import OutputError
 from vggt_cli.formats import colmap
 from vggt_cli.formats.colmap import Array, Model
@@ -32,7 +34,9 @@ from vggt_cli.scene import Scene
 log = logging.getLogger(__name__)
 
 UNSURE = 20.0  # percent, of scenes that do not say what --confidence made them
+AT_ONCE = 16  # frames that are held for threads
 STEPS = 65536  # what 3DGS divides the pixels of inverse depth by
+COMPRESSION = 3  # of PNGs, of 9: 2 to 4 times as fast as Pillow's 6, files up to 4 % larger
 MILLIMETRES = 1000.0  # in a scene unit, to nerfstudio
 
 
@@ -92,8 +96,8 @@ def write(scene: Scene, model: Model, folder: Path) -> None:
     places = [stereo / "depth_maps", stereo / "normal_maps"]
     for place in (*places, folder / "inverse_depths", folder / "depths"):
         place.mkdir(parents=True)
-    far = 0
-    for view, name in zip(views(scene, model), model.names, strict=True):
+
+    def write_one(view: View, name: str) -> int:  # how many pixels are too far for depths/
         depth = view.depth.where(view.sure, 0.0)
         _write_map(depth[None], stereo / "depth_maps" / f"{name}.geometric.bin")
         facing = normals(view).permute(2, 0, 1)
@@ -102,8 +106,13 @@ def write(scene: Scene, model: Model, folder: Path) -> None:
         _write_png(inverse.clamp(max=STEPS - 1), folder / "inverse_depths" / f"{view.stem}.png")
         unit = depth * MILLIMETRES
         beyond = unit.round() >= STEPS
-        far += int(beyond.sum())
         _write_png(unit.masked_fill(beyond, 0), folder / "depths" / f"{view.stem}.png")
+        return int(beyond.sum())
+
+    far, named = 0, zip(views(scene, model), model.names, strict=True)
+    with one_thread_each() as pool:
+        while some := list(itertools.islice(named, AT_ONCE)):
+            far += sum(pool.map(write_one, *zip(*some, strict=True)))
     if far:
         log.warning("depths/: %d pixels farther than 65.535 units count as unknown", far)
     parameters = {Path(name).stem: {"scale": nearest, "offset": 0.0} for name in model.names}
@@ -145,4 +154,5 @@ def _write_map(channels: Tensor, path: Path) -> None:
 
 def _write_png(values: Tensor, path: Path) -> None:
     """[h, w] as 16-bit gray."""
-    Image.fromarray(values.round().numpy().astype(np.uint16)).save(path)
+    pixels = Image.fromarray(values.round().numpy().astype(np.uint16))
+    pixels.save(path, compress_level=COMPRESSION)

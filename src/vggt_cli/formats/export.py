@@ -20,9 +20,11 @@ import torch
 from PIL import Image
 
 from vggt_cli import __version__
+from vggt_cli.device import one_thread_each
 from vggt_cli.errors import OutputError
 from vggt_cli.formats import colmap, page, points, writers
 from vggt_cli.formats.copies import Lens, clone, mask_copy, straight_copy, upright_copy
+from vggt_cli.formats.depth_maps import COMPRESSION
 from vggt_cli.formats.files import RARE_SUFFIXES
 from vggt_cli.formats.images import frame_of
 from vggt_cli.formats.writers import PLACES
@@ -213,14 +215,18 @@ def _write_confidence(scene: Scene, files: Sequence[str], folder: Path) -> None:
     values = scene.prediction.confidence.flatten()
     some = values[:: max(1, len(values) // 1_000_000)].float().log()
     low, high = torch.quantile(some, torch.tensor([0.02, 0.98])).tolist()
-    for frame, file in enumerate(files):
+
+    def write_one(frame: int, file: str) -> None:
         rows, columns = frame_of(scene.images, frame)
         confidence = scene.prediction.confidence[frame, rows, columns]
         largest = torch.finfo(torch.float16).max
         np.save(folder / f"{file}.npy", confidence.clamp(max=largest).half().numpy())
         gray = (confidence.float().log() - low) / max(high - low, 1e-6)
         pixels = (gray.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-        Image.fromarray(pixels).save(folder / f"{file}.png")
+        Image.fromarray(pixels).save(folder / f"{file}.png", compress_level=COMPRESSION)
+
+    with one_thread_each() as pool:
+        list(pool.map(write_one, range(len(files)), files))
 
 
 def _write_depth(scene: Scene, files: Sequence[str], folder: Path) -> None:

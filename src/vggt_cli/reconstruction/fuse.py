@@ -1,4 +1,4 @@
-"""Depth maps into one cloud: which pixels to trust, one point for all that agree, a budget.
+"""Depth maps into one cloud: one point for all pixels that agree, within a budget.
 
 Works frame by frame, so that memory grows with the points that are kept and not with the frames.
 """
@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sized
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggt_cli.errors import GeometryError
+from vggt_cli.device import one_thread_each
 from vggt_cli.geometry import keep_points, project, unproject
+from vggt_cli.reconstruction.trust import chunks, confident_pixels, marked
 from vggt_cli.scene import ImageSet, PointCloud, Prediction, Tracks
 
 log = logging.getLogger(__name__)
 
 AGREEMENT = 0.02  # of the point's depth: within it a pixel's own depth joins the point
 SEEN_THROUGH = 0.10  # a pixel this much deeper than the point speaks against it
-DEPTH_EDGE = 0.03  # of the depth, within 3 x 3 pixels (spec vggt_omega section 8)
-AT_ONCE = 32  # frames
-SAMPLED = 20_000_000  # values of confidence for a percentile; of fewer all
-USUAL_OF = 200  # frames that tell how rough depth usually is; of fewer all
+AHEAD = 8  # frames that threads work on before the next
+IN_CACHE = 2**15  # points worked on at a time: they stay in the cache, of one thread of torch
 CANDIDATES = 4  # pixels looked at for each point of the budget
 
 
@@ -49,64 +50,11 @@ def fuse(
     Points that more frames look through than see are dropped.
     Raises GeometryError, with the distribution of confidence, if no pixel can be trusted.
     """
-    confident = confident_pixels(prediction, images, options)
-    seeds = _thin_out(_candidates(prediction, images, confident, options), options.points)
-    return _observe(seeds, prediction, images, confident) if observe else seeds.cloud
-
-
-def confident_pixels(prediction: Prediction, images: ImageSet, options: FuseOptions) -> Tensor:
-    """[S, H, W] bool: valid, with usable depth, above the percentile of confidence.
-
-    Raises GeometryError if there is none.
-    """
-    usable = torch.empty(prediction.depth.shape, dtype=torch.bool)
-    for some in _chunks(prediction):
-        depth, confidence = prediction.depth[some], prediction.confidence[some]
-        usable[some] = images.valid[some] & depth.isfinite() & (depth > 0) & confidence.isfinite()
-    step = usable.numel() // SAMPLED | 1  # odd: no column is left out
-    of_usable = prediction.confidence.flatten()[::step][usable.flatten()[::step]]
-    if len(of_usable) == 0:
-        valid = int(images.valid.sum())
-        finite = prediction.confidence[prediction.confidence.isfinite()]
-        span = f"{finite.min():.3g} to {finite.max():.3g}" if len(finite) else "nowhere finite"
-        raise GeometryError(
-            f"no pixel has a usable depth: 0 of {valid} valid pixels, confidence {span}",
-            hint="are the images empty or fully transparent? do the weights fit the network?",
-        )
-    rank = min(int(len(of_usable) * options.confidence / 100), len(of_usable) - 1)
-    threshold = of_usable.kthvalue(rank + 1).values
-    for some in _chunks(prediction):
-        usable[some] &= prediction.confidence[some] >= threshold
-    return usable
-
-
-def _chunks(frames: Sized) -> Iterator[slice]:
-    """AT_ONCE frames after the other: thousands may lie on disk."""
-    for start in range(0, len(frames), AT_ONCE):
-        yield slice(start, start + AT_ONCE)
-
-
-def depth_edges(depth: Tensor, valid: Tensor) -> Tensor:
-    """[S, H, W] bool: pixels between a near and a far surface, which belong to neither.
-
-    There the depth [S, H, W] varies within 3 x 3 pixels by more than 3 % of itself, and by more
-    than three times what is usual among the `valid` pixels: a rough depth map is no reason to
-    drop all of it.
-    """
-    some = slice(None, None, -(-len(depth) // USUAL_OF))
-    limit = max(DEPTH_EDGE, 3 * float(_varies(depth[some])[valid[some]].median()))
-    edges = torch.empty(depth.shape, dtype=torch.bool)
-    for some in _chunks(depth):
-        edges[some] = _varies(depth[some]) > limit
-    return edges
-
-
-def _varies(depth: Tensor) -> Tensor:
-    """[S, H, W] how much depth [S, H, W] differs within 3 x 3 pixels, of itself."""
-    depth = depth.float()
-    padded = F.pad(depth[:, None], (1, 1, 1, 1), mode="replicate")
-    largest, smallest = F.max_pool2d(padded, 3, 1), -F.max_pool2d(-padded, 3, 1)
-    return (largest - smallest)[:, 0] / depth
+    marks = marked(prediction, confident_pixels(prediction, images, options.confidence))
+    with one_thread_each() as pool:
+        seeds = _candidates(prediction, images, marks, options, pool)
+        seeds = _thin_out(seeds, options.points, pool)
+        return _observe(seeds, prediction, images, marks, pool) if observe else seeds.cloud
 
 
 def surface_normals(points: Tensor, center: Tensor) -> Tensor:
@@ -116,7 +64,7 @@ def surface_normals(points: Tensor, center: Tensor) -> Tensor:
     normals = torch.linalg.cross(across, down)
     to_camera = center - points
     normals = torch.where((normals * to_camera).sum(-1, keepdim=True) < 0, -normals, normals)
-    flat = normals.norm(dim=-1, keepdim=True) < 1e-20
+    flat = ~(normals.norm(dim=-1, keepdim=True) >= 1e-20)  # beside unknown depth: no number
     return F.normalize(torch.where(flat, to_camera, normals), dim=-1, eps=1e-30)
 
 
@@ -145,18 +93,25 @@ def _select(cloud: PointCloud, chosen: Tensor) -> PointCloud:
 
 
 def _candidates(
-    prediction: Prediction, images: ImageSet, confident: Tensor, options: FuseOptions
+    prediction: Prediction,
+    images: ImageSet,
+    marks: Tensor,
+    options: FuseOptions,
+    pool: ThreadPoolExecutor,
 ) -> _Seeds:
     """Seeds at trusted pixels of all frames, at most about CANDIDATES for each point allowed."""
-    trusted = depth_edges(prediction.depth, confident).logical_not_().logical_and_(confident)
-    share = CANDIDATES * options.points / int(trusted.sum())
+    trusted = sum(int((marks[some] == 2).sum()) for some in chunks(prediction))
+    share = CANDIDATES * options.points / trusted
     random = torch.Generator().manual_seed(options.seed)
-    parts = []
-    for frame in range(len(prediction)):
-        pixel = trusted[frame].flatten().nonzero()[:, 0]
-        if share < 1:
-            pixel = pixel[torch.rand(len(pixel), generator=random) < share]
-        parts.append(_seeds_of_frame(prediction, images, frame, pixel))
+
+    def chosen(frame: int) -> Tensor:
+        pixel = (marks[frame] == 2).flatten().nonzero()[:, 0]
+        return pixel[torch.rand(len(pixel), generator=random) < share] if share < 1 else pixel
+
+    parts: list[_Seeds] = []
+    for frames in _ahead(prediction):
+        pixels = [chosen(frame) for frame in frames]  # in order: random numbers are
+        parts += pool.map(partial(_seeds_of_frame, prediction, images), frames, pixels)
     clouds = [part.cloud for part in parts]
     return _Seeds(
         PointCloud(
@@ -185,87 +140,128 @@ def _seeds_of_frame(prediction: Prediction, images: ImageSet, frame: int, pixel:
     )
 
 
-def _thin_out(seeds: _Seeds, budget: int) -> _Seeds:
+def _ahead(frames: Sized) -> Iterator[range]:
+    """AHEAD frames after the other, for threads."""
+    for start in range(0, len(frames), AHEAD):
+        yield range(start, min(len(frames), start + AHEAD))
+
+
+def _thin_out(seeds: _Seeds, budget: int, pool: ThreadPoolExecutor) -> _Seeds:
     """The surest seed of each voxel, with voxels just large enough to keep the budget."""
     order = seeds.cloud.confidence.argsort(descending=True, stable=True)
-    seeds = seeds[order]
+    xyz, level = seeds.cloud.xyz[order], seeds.footprint[order].log2().round()
+    keep = partial(_first_of_voxel, xyz, level, pool)
     low, high = 1.0, 1.0  # voxel edges in footprints
-    kept = _first_of_voxel(seeds, high)
-    while len(kept) > budget:
-        low, high = high, high * max(1.1, (len(kept) / budget) ** 0.5)
-        kept = _first_of_voxel(seeds, high)
+    kept = keep(high)
+    while (count := int(kept.sum())) > budget:
+        low, high = high, high * max(1.1, (count / budget) ** 0.5)
+        kept = keep(high)
     for _ in range(4 if high > 1 else 0):
         middle = (low + high) / 2
-        chosen = _first_of_voxel(seeds, middle)
-        low, high = (low, middle) if len(chosen) <= budget else (middle, high)
-        kept = chosen if len(chosen) <= budget else kept
-    return seeds[kept]
+        chosen = keep(middle)
+        fits = int(chosen.sum()) <= budget
+        low, high = (low, middle) if fits else (middle, high)
+        kept = chosen if fits else kept
+    return seeds[order[kept]]
 
 
-def _first_of_voxel(seeds: _Seeds, edge_in_footprints: float) -> Tensor:
-    """Indices, ascending, of the first seed in each voxel.
+def _first_of_voxel(
+    xyz: Tensor, level: Tensor, pool: ThreadPoolExecutor, edge_in_footprints: float
+) -> Tensor:
+    """[N] bool: the first seed in each voxel.
 
-    The edge follows the size of a pixel at the point in steps of two, so that near surfaces keep
-    their detail and the background does not eat the budget.
+    level: [N] float32 logarithm of the seeds' footprints to the base of 2, whole: the edge follows
+    the size of a pixel at the point in steps of two, so that near surfaces keep their detail and
+    the background does not eat the budget.
     """
-    level = seeds.footprint.log2().round()
-    edge = edge_in_footprints * torch.exp2(level)
-    cell = (seeds.cloud.xyz.double() / edge[:, None].double()).floor().long()
-    # Odd multipliers, wrapping in 64 bits: two voxels sharing a key is as good as impossible.
-    key = level.long()
-    for axis in range(3):
-        key = key * 0x9E3779B97F4A7C1 + cell[:, axis] * 0x2545F4914F6CDD1D
-        key = key ^ (key >> 29)
+    key = torch.empty(len(xyz), dtype=torch.int64)
+
+    def fill(start: int) -> None:
+        some = slice(start, start + IN_CACHE)
+        edge = (edge_in_footprints * torch.exp2(level[some])).double()
+        # Odd multipliers, wrapping in 64 bits: two voxels sharing a key is as good as impossible.
+        keys = level[some].long()
+        for axis in range(3):
+            cell = (xyz[some, axis].double() / edge).floor().long()
+            keys = keys.mul_(0x9E3779B97F4A7C1).add_(cell.mul_(0x2545F4914F6CDD1D))
+            keys = keys ^ (keys >> 29)
+        key[some] = keys
+
+    list(pool.map(fill, range(0, len(xyz), IN_CACHE)))
     ordered, index = key.sort(stable=True)
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]
-    return index[first].sort().values
+    result = torch.zeros_like(first)
+    result[index[first]] = True
+    return result
 
 
 @dataclass(frozen=True, eq=False)
 class _Sighting:
-    """What one frame says about the points that project into it."""
+    """What one frame says about the points."""
 
-    point: Tensor  # [M] int64
-    pixel: Tensor  # [M] int64 flat index of the pixel that each projects to
-    agrees: Tensor  # [M] bool
-    sees_through: Tensor  # [M] bool
+    point: Tensor  # [M] int64 that pixels join
+    pixel: Tensor  # [M] int64 flat index of the pixel that joins each
+    xyz: Tensor  # [M, 3] float64 of these pixels
+    confidence: Tensor  # [M] float64
+    against: Tensor  # int64 points that the frame looks through
 
 
-def _sightings(xyz: Tensor, prediction: Prediction, confident: Tensor) -> Iterator[_Sighting]:
-    """For each frame in turn, its word on the points [N, 3]."""
-    cameras = prediction.cameras
+def _sighting(
+    seeds: _Seeds, prediction: Prediction, marks: Tensor, frame: int, own: Tensor
+) -> _Sighting:
+    """own: [n] int64 the seeds of the frame, each of which its own pixel joins in any case.
+
+    Projecting a seed back may round into the neighbouring pixel.
+    """
+    xyz = seeds.cloud.xyz
+    parts = [_seen(part, prediction, frame) for part in xyz.split(IN_CACHE)]
+    starts = range(0, len(xyz), IN_CACHE)
+    point = torch.cat([part[0] + start for part, start in zip(parts, starts, strict=True)])
+    pixel, z = (torch.cat([part[i] for part in parts]) for i in (1, 2))
+    sure = (marks[frame].flatten()[pixel] > 0).nonzero()[:, 0]
+    point, pixel, z = point[sure], pixel[sure], z[sure]
+    relative = prediction.depth[frame].flatten()[pixel] / z - 1
+    joins = (relative.abs() <= AGREEMENT) & (seeds.frame[point] != frame)
+    against = point[relative > SEEN_THROUGH]
+    point, pixel = torch.cat([point[joins], own]), torch.cat([pixel[joins], seeds.pixel[own]])
+    confidence = prediction.confidence[frame].flatten()[pixel].double()
+    places = _points_of_frame(prediction, frame).flatten(0, 1)[pixel].double()
+    return _Sighting(point, pixel, places, confidence, against)
+
+
+def _seen(xyz: Tensor, prediction: Prediction, frame: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the points [N, 3] project into a frame, to which pixels, and their z-depth."""
     H, W = prediction.depth.shape[1:]
-    for frame in range(len(prediction)):
-        xy, z = project(xyz[None], cameras.intrinsics[frame], cameras.extrinsics[frame])
-        xy, z = xy[0], z[0]
-        inside = (z > 0) & (xy >= 0).all(-1) & (xy[:, 0] < W) & (xy[:, 1] < H)
-        point = inside.nonzero()[:, 0]
-        column, row = xy[point].long().unbind(-1)
-        pixel = row * W + column
-        sure = confident[frame].flatten()[pixel]
-        relative = prediction.depth[frame].flatten()[pixel] / z[point] - 1
-        yield _Sighting(
-            point, pixel, sure & (relative.abs() <= AGREEMENT), sure & (relative > SEEN_THROUGH)
-        )
+    cameras = prediction.cameras
+    xy, z = project(xyz[None], cameras.intrinsics[frame], cameras.extrinsics[frame])
+    x, y = xy[0].unbind(-1)
+    inside = (z[0] > 0) & (x >= 0) & (y >= 0) & (x < W) & (y < H)
+    point = inside.nonzero()[:, 0]
+    return point, y[point].long() * W + x[point].long(), z[0, point]
 
 
 def _observe(
-    seeds: _Seeds, prediction: Prediction, images: ImageSet, confident: Tensor
+    seeds: _Seeds,
+    prediction: Prediction,
+    images: ImageSet,
+    marks: Tensor,
+    pool: ThreadPoolExecutor,
 ) -> PointCloud:
     """The seeds moved to the mean of the pixels that see them, with these as observations."""
     n = len(seeds.cloud)
+    counts = torch.bincount(seeds.frame, minlength=len(prediction))
+    own = seeds.frame.argsort(stable=True).split(counts.tolist())
     joined: list[tuple[Tensor, Tensor]] = []  # per frame: points, and the pixel that joins each
     against = torch.zeros(n, dtype=torch.int32)
     total, weight = torch.zeros(n, 3, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    for frame, seen in enumerate(_sightings(seeds.cloud.xyz, prediction, confident)):
-        point, pixel = _with_own_pixels(seen, seeds, frame)
-        against[seen.point] += seen.sees_through.int()
-        confidence = prediction.confidence[frame].flatten()[pixel].double()
-        points = _points_of_frame(prediction, frame).flatten(0, 1)
-        total[point] += confidence[:, None] * points[pixel].double()
-        weight[point] += confidence
-        joined.append((point, pixel))
+    look = partial(_sighting, seeds, prediction, marks)
+    for frames in _ahead(prediction):
+        for seen in pool.map(look, frames, own[frames.start : frames.stop]):
+            against[seen.against] += 1
+            total[seen.point] += seen.confidence[:, None] * seen.xyz
+            weight[seen.point] += seen.confidence
+            joined.append((seen.point, seen.pixel))
     xyz = (total / weight[:, None]).float()
     tracks = _tracks(xyz, joined, prediction, images)
     for_it = torch.bincount(tracks.point, minlength=n)
@@ -275,17 +271,6 @@ def _observe(
     log.debug("points that other frames look through, dropped: %d of %d", int((~kept).sum()), n)
     cloud = _select(replace(seeds.cloud, xyz=xyz), kept)
     return replace(cloud, observations=keep_points(tracks, kept))
-
-
-def _with_own_pixels(seen: _Sighting, seeds: _Seeds, frame: int) -> tuple[Tensor, Tensor]:
-    """Points and pixels that agree in `frame`; a seed's own pixel always does.
-
-    Projecting a seed back may round into the neighbouring pixel.
-    """
-    own = (seeds.frame == frame).nonzero()[:, 0]
-    foreign = seen.agrees & (seeds.frame[seen.point] != frame)
-    point = torch.cat([seen.point[foreign], own])
-    return point, torch.cat([seen.pixel[foreign], seeds.pixel[own]])
 
 
 def _points_of_frame(prediction: Prediction, frame: int) -> Tensor:  # [H, W, 3]

@@ -13,7 +13,7 @@ from torch import Tensor
 from vggt_cli.errors import GeometryError
 from vggt_cli.geometry import fit_similarity, invert, move
 from vggt_cli.reconstruction.align import fit_cameras
-from vggt_cli.reconstruction.fuse import depth_edges
+from vggt_cli.reconstruction.trust import depth_edges
 from vggt_cli.scene import Prediction, Similarity
 
 POINTS = 6000  # compared, of the pixels of all shared frames: errors are those of the depth maps

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vggt_cli.device import one_thread_each
 from vggt_cli.geometry import project, resize, unproject
-from vggt_cli.reconstruction.matches import match
+from vggt_cli.reconstruction.matches import count_matches
 from vggt_cli.scene import Cameras, ImageSet, Prediction, Tracks
 
 ALL_PAIRS = 300  # photos at most of which tables of every two are made unasked
@@ -22,6 +23,7 @@ BY_GEOMETRY, BY_LOOKS, BY_ORDER = 10, 5, 2  # partners of a photo beyond that
 AGREEMENT = 0.2  # of the depth: rough networks may err that much and still see the same place
 SAMPLES = 32  # pixels along each side of a frame
 LARGEST = 256  # features of a photo that stand for its looks
+AT_ONCE = 8  # photos whose looks are compared with one photo's
 ALIKE = 8  # of these match between photos that do look alike; strangers have one or two
 
 
@@ -63,19 +65,22 @@ def covisible(prediction: Prediction, valid: Tensor) -> Tensor:
     S, H, W = depth.shape
     rows = torch.linspace(0, H - 1, min(H, SAMPLES)).round().long()
     columns = torch.linspace(0, W - 1, min(W, SAMPLES)).round().long()
-    usable = valid & depth.isfinite() & (depth > 0)
     share = torch.zeros(S, S)
     for i in range(S):
+        usable = (valid[i] & depth[i].isfinite() & (depth[i] > 0))[rows[:, None], columns]
         points = unproject(depth[i], cameras.intrinsics[i], cameras.extrinsics[i])
-        points = points[rows[:, None], columns][usable[i][rows[:, None], columns]]  # [n, 3]
+        points = points[rows[:, None], columns][usable]  # [n, 3]
         if not len(points):
             continue
         everywhere = points.expand(S, 1, -1, 3)
         xy, z = (x[:, 0] for x in project(everywhere, cameras.intrinsics, cameras.extrinsics))
         inside = (z > 0) & (xy >= 0).all(-1) & (xy[..., 0] < W) & (xy[..., 1] < H)
         column, row = torch.where(inside[..., None], xy, 0).long().unbind(-1)
-        there = (depth * usable).flatten(1).gather(1, row * W + column)
-        share[i] = (inside & ((there - z).abs() < AGREEMENT * z)).float().mean(1)
+        # What is looked up, not whole maps: those would be S times S.
+        pixel = row * W + column
+        there = depth.flatten(1).gather(1, pixel)
+        known = valid.flatten(1).gather(1, pixel) & (there > 0)  # infinite depth agrees with none
+        share[i] = (inside & known & ((there - z).abs() < AGREEMENT * z)).float().mean(1)
     return share
 
 
@@ -89,10 +94,15 @@ def alike(
     """
     counts = torch.zeros(len(vectors), len(vectors))
     few = [x[:LARGEST] for x in vectors]
-    for i, first in enumerate(few):
-        for j in range(i + 1, len(few)):
-            counts[i, j] = counts[j, i] = len(match(first, few[j])[0])
-        progress(i + 1, len(few))
+
+    def row(i: int) -> Tensor:
+        starts = range(i + 1, len(few), AT_ONCE)
+        return torch.cat([count_matches(few[i], few[at : at + AT_ONCE]) for at in starts])
+
+    with one_thread_each() as pool:
+        for i, found in enumerate(pool.map(row, range(len(few) - 1))):
+            counts[i, i + 1 :] = counts[i + 1 :, i] = found
+            progress(i + 1, len(few))
     return counts
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vggt_cli.device import exact_convolutions
+from vggt_cli.device import exact_convolutions, one_thread_each
 from vggt_cli.formats.colmap import Array
 from vggt_cli.formats.features import Features
 from vggt_cli.models.networks import Network
@@ -61,9 +61,13 @@ def by_likeness(
     """Features of the two photos of a pair that are each other's nearest; see `match`."""
     vectors = [torch.from_numpy(f.vectors) for f in features]
 
+    def found(pair: Pair) -> Array:
+        i, j = pair
+        return torch.stack(match(vectors[i], vectors[j], ratio), 1).numpy()
+
     def matches() -> Iterator[tuple[Pair, Array]]:
-        for i, j in pairs:
-            yield (i, j), torch.stack(match(vectors[i], vectors[j], ratio), 1).numpy()
+        with one_thread_each() as pool:
+            yield from zip(pairs, pool.map(found, pairs), strict=True)
 
     return Source(name, [f.xy for f in features], len(pairs), matches())
 
