@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vggt_cli.device import one_thread_each
+from vggt_cli.formats import room
 from vggt_cli.geometry import keep_points, project, unproject
 from vggt_cli.reconstruction.trust import chunks, confident_pixels, marked
 from vggt_cli.scene import ImageSet, PointCloud, Prediction, Tracks
@@ -144,6 +145,7 @@ def _ahead(frames: Sized) -> Iterator[range]:
     """AHEAD frames after the other, for threads."""
     for start in range(0, len(frames), AHEAD):
         yield range(start, min(len(frames), start + AHEAD))
+        room.let_go()
 
 
 def _thin_out(seeds: _Seeds, budget: int, pool: ThreadPoolExecutor) -> _Seeds:

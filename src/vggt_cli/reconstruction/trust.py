@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vggt_cli.errors import GeometryError
+from vggt_cli.formats import room
 from vggt_cli.scene import ImageSet, Prediction
 
 DEPTH_EDGE = 0.03  # of the depth, within 3 x 3 pixels (spec vggt_omega section 8)
@@ -24,7 +25,8 @@ def confident_pixels(prediction: Prediction, images: ImageSet, percent: float) -
 
     Raises GeometryError if there is none.
     """
-    usable = torch.empty(prediction.depth.shape, dtype=torch.bool)
+    short = prediction.depth.dtype == torch.float16  # on disk, and so is this
+    usable = (room.on_disk if short else torch.empty)(prediction.depth.shape, dtype=torch.bool)
     for some in chunks(prediction):
         depth, confidence = prediction.depth[some], prediction.confidence[some]
         usable[some] = images.valid[some] & depth.isfinite() & (depth > 0) & confidence.isfinite()
@@ -49,6 +51,7 @@ def chunks(frames: Sized) -> Iterator[slice]:
     """AT_ONCE frames after the other: thousands may lie on disk."""
     for start in range(0, len(frames), AT_ONCE):
         yield slice(start, start + AT_ONCE)
+        room.let_go()
 
 
 def depth_edges(depth: Tensor, valid: Tensor) -> Tensor:
