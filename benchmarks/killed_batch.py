@@ -171,7 +171,8 @@ def _killed(process: subprocess.Popen[bytes], numbers: random.Random, seen: Watc
     if process.poll() is not None:
         return False
     (os.kill if alone else os.killpg)(process.pid, signal.SIGKILL)
-    process.wait()
+    if process.wait() != -signal.SIGKILL:
+        return False
     seen.kills["first process" if alone else "all processes"] += 1
     if not _gone(process.pid):
         seen.faults.append("workers outlived the first process")
