@@ -30,7 +30,7 @@ from PIL import Image
 
 SEED = 11
 VOLATILE = ("seconds", "peak_memory_bytes")  # keys of report.json; it says nothing of the host
-KILLS = 15  # of the batch, with one worker and again with two
+KILLS = 12  # of the batch, with one worker and again with two
 GONE = 10.0  # seconds in which workers must end once the first process is dead
 MODEL = ("--model", "mini", "--device", "cpu", "-q")
 
@@ -168,6 +168,8 @@ def _names(folder: Path) -> list[str]:
 def _killed(process: subprocess.Popen[bytes], numbers: random.Random, seen: Watched) -> bool:
     """Whether the kill came before the batch's end."""
     alone = numbers.random() < 0.5
+    if process.poll() is not None:
+        return False
     (os.kill if alone else os.killpg)(process.pid, signal.SIGKILL)
     if process.wait() != -signal.SIGKILL:
         return False
