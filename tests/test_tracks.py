@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from tracks import errors
 from vggt_cli.errors import InputError
 from vggt_cli.formats import colmap_read
 from vggt_cli.formats import images as files
-from vggt_cli.formats.features import NOTHING, Features, TwoView
+from vggt_cli.formats.features import NOTHING, Features, TwoView, verify
 from vggt_cli.geometry import project, unproject
 from vggt_cli.learning import synthetic
 from vggt_cli.models import networks
@@ -25,7 +25,7 @@ from vggt_cli.models.vggt import VGGT
 from vggt_cli.reconstruction import detect
 from vggt_cli.reconstruction import tracks as followed
 from vggt_cli.reconstruction.pairs import Guess, guess_from_tracks
-from vggt_cli.reconstruction.sources import by_tracker, clear, inside
+from vggt_cli.reconstruction.sources import Source, by_tracker, clear, inside
 from vggt_cli.reconstruction.tracks import FeatureTracks, follow
 from vggt_cli.scene import Cameras, ImageSet, Photo, Shaping, Tracks
 
@@ -262,6 +262,30 @@ def test_of_many_photos_the_largest_features_are_compared(
         seen = found.tracks.xy[found.tracks.frame == i]
         assert len(seen)
         assert {tuple(xy) for xy in seen.tolist()} <= {tuple(xy) for xy in largest.tolist()}
+
+
+def test_pairs_with_too_few_matches_to_hold_are_not_verified(
+    scene: Rendered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested: list[int] = []
+
+    def counted(cameras: Any, xy: Any, matches: Any) -> TwoView:
+        tested.append(len(matches))
+        return verify(cameras, xy, matches)
+
+    places = [np.random.default_rng(i).random((20, 2)).astype(np.float32) * 90 for i in range(3)]
+    rows = np.stack([np.arange(20)] * 2, 1)
+    pairs = iter([((0, 1), rows[:14]), ((0, 2), rows[:15])])
+    monkeypatch.setattr(followed, "verify", counted)
+    found = followed._verified(
+        Source("sift", places, 2, pairs), scene.guess, lambda done, total: None
+    )
+    assert tested == [15]
+    assert [int(x.sum()) for x in found.matched] == [
+        15,
+        14,
+        15,
+    ]  # they count as matched all the same
 
 
 def test_a_pair_against_the_prediction_takes_more_evidence() -> None:

@@ -158,7 +158,8 @@ def _verified(source: Source, guess: Guess, progress: Callable[[int, int], None]
             matched[i][rows[:, 0]] = True
             matched[j][rows[:, 1]] = True
             views = (cameras[i], cameras[j]), (source.xy[i], source.xy[j])
-            tested.append(((i, j), len(rows), pool.submit(verify, *views, rows)))
+            if len(rows) >= AGREED:  # fewer never hold, and strangers take RANSAC longest
+                tested.append(((i, j), len(rows), pool.submit(verify, *views, rows)))
             progress(done, source.pairs)
         inliers = {}
         for (i, j), count, future in tested:
