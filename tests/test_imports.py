@@ -34,7 +34,8 @@ LAYER = {
 BESIDE = {
     "models": {
         "catalog": set(),
-        "layers": set(),
+        "attention": set(),
+        "layers": {"attention"},
         "tracker": {"layers"},
         "vggt": {"layers", "tracker"},
         "omega": {"layers"},
