@@ -36,6 +36,7 @@ BESIDE = {
         "catalog": set(),
         "attention": set(),
         "layers": {"attention"},
+        "short": {"layers", "omega"},
         "tracker": {"layers"},
         "vggt": {"layers", "tracker"},
         "omega": {"layers"},

@@ -5,6 +5,7 @@ b sequences of n tokens of width D; head size D / heads; T tokens per frame.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -55,8 +56,11 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotate: Rotation | None = None) -> Tensor:  # [b, n, D]
-        return self.meet(*self.ask(x, rotate))
+    def forward(
+        self, x: Tensor, rotate: Rotation | None = None, keys: Tensor | None = None
+    ) -> Tensor:  # [b, n, D]; keys: [m] the tokens that are read, if not all are
+        q, k, v = self.ask(x, rotate)
+        return self.meet(q, *chosen(k, v, keys))
 
     def ask(self, x: Tensor, rotate: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [b, heads, n, head size] of tokens [b, n, D]."""
@@ -71,6 +75,34 @@ class Attention(nn.Module):
         """Tokens [b, n, D] of queries [b, heads, n, ...] that read keys and values of others."""
         out: Tensor = self.proj(attended(q, k, v).transpose(1, 2).flatten(2))
         return out
+
+
+def chosen(k: Tensor, v: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values [b, heads, n, ...] of some tokens [m], or of all."""
+    return (k, v) if keys is None else (k[:, :, keys], v[:, :, keys])
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """Blocks between frames that read the keys and values of fewer patches: of many frames faster.
+
+    All tokens of the first frame and the camera and register tokens of all are read, and of the
+    patches of other frames one of stride x stride, another in each frame. It is an approximation.
+    """
+
+    layers: tuple[int, ...]
+    stride: int
+
+    def keys(self, S: int, grid: tuple[int, int], special: int) -> Tensor:
+        """The tokens [m] that are read, of S frames of `special` tokens and a grid of patches."""
+        read = torch.zeros(S, *grid, dtype=torch.bool)
+        for s in range(S):
+            read[
+                s, s % self.stride :: self.stride, s // self.stride % self.stride :: self.stride
+            ] = True
+        read[0] = True
+        always = torch.ones(S, special, dtype=torch.bool)
+        return torch.cat([always, read.flatten(1)], 1).flatten().nonzero()[:, 0]
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from vggt_cli.models.attention import Attention as Attention
 from vggt_cli.models.attention import Rotation as Rotation
+from vggt_cli.models.attention import Thinned as Thinned
+from vggt_cli.models.attention import chosen
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's sRGB
 
@@ -78,19 +80,22 @@ class Block(nn.Module):
         self.mlp = Mlp(width, 4 * width, width)
         self.ls2 = LayerScale(width, layer_scale)
 
-    def forward(self, x: Tensor, rotate: Rotation | None = None) -> Tensor:  # [b, n, D]
+    def forward(
+        self, x: Tensor, rotate: Rotation | None = None, keys: Tensor | None = None
+    ) -> Tensor:  # [b, n, D]; keys: [m] the tokens that are read, if not all are
         if x.shape[1] > TILE and not torch.is_grad_enabled():
-            return self.tiled(x, rotate)
-        x = x + self.ls1(self.attn(self.norm1(x), rotate))
+            return self.tiled(x, rotate, keys)
+        x = x + self.ls1(self.attn(self.norm1(x), rotate, keys))
         out: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
         return out
 
-    def tiled(self, x: Tensor, rotate: Rotation | None) -> Tensor:
+    def tiled(self, x: Tensor, rotate: Rotation | None, keys: Tensor | None) -> Tensor:
         """The same; all but queries, keys, values and the result is there for few tokens."""
         T = 1 if rotate is None else len(rotate.cos)  # whole frames, as the rotation goes
         tiles = list(x.split(max(TILE // T, 1) * T, 1))
         asked = (self.attn.ask(self.norm1(tile), rotate) for tile in tiles)
         q, k, v = (torch.cat(parts, 2) for parts in zip(*asked, strict=True))
+        k, v = chosen(k, v, keys)
         out, start = torch.empty_like(x), 0
         for tile in tiles:
             end = start + tile.shape[1]

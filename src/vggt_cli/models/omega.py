@@ -24,6 +24,7 @@ from vggt_cli.models.layers import (
     ResidualConv,
     Rotation,
     Size,
+    Thinned,
     add_positions,
     by_frames,
     compute,
@@ -141,6 +142,8 @@ class Aggregator(nn.Module):
     patch_embed: maps normalised images [B S, 3, H, W] and the grid (h, w) to [B S, N, D].
     """
 
+    thinned: Thinned | None = None  # an option for many frames
+
     def __init__(self, config: TrunkConfig, patch_embed: nn.Module) -> None:
         super().__init__()
         self.config = config
@@ -168,13 +171,17 @@ class Aggregator(nn.Module):
         tokens = with_special_tokens([self.camera_token, self.register_token], patches)
         special = 1 + self.config.registers
         rotate = self.rope_embed(grid, special)
+        keys = self.thinned and self.thinned.keys(S, grid, special).to(tokens.device)
         cached: dict[int, Tensor] = {}
         for i in range(self.config.depth):
             frame = in_chunks(partial(self.frame_blocks[i], rotate=rotate), tokens.flatten(0, 1))
             frame = frame.unflatten(0, (B, S))
             # Register attention leaves the patches out of the whole block.
             meeting = special if i in self.config.register_blocks else frame.shape[2]
-            met = self.inter_frame_blocks[i](frame[:, :, :meeting].flatten(1, 2))
+            thin = self.thinned and i in self.thinned.layers and meeting > special
+            met = self.inter_frame_blocks[i](
+                frame[:, :, :meeting].flatten(1, 2), keys=keys if thin else None
+            )
             tokens = met.unflatten(1, (S, -1))
             if meeting < frame.shape[2]:
                 tokens = torch.cat([tokens, frame[:, :, meeting:]], 2)

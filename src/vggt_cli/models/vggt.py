@@ -24,6 +24,7 @@ from vggt_cli.models.layers import (
     RectifiedConv,
     Rotation,
     Size,
+    Thinned,
     add_positions,
     by_frames,
     compute,
@@ -104,6 +105,8 @@ class PatchEncoder(nn.Module):
 class Aggregator(nn.Module):
     """Attention within frames and between all frames in turn: spec section 5."""
 
+    thinned: Thinned | None = None  # an option for many frames
+
     def __init__(self, config: VGGTConfig) -> None:
         super().__init__()
         self.config = config
@@ -132,11 +135,14 @@ class Aggregator(nn.Module):
         patches = in_chunks(embed, images.flatten(0, 1)).unflatten(0, (B, S))
         tokens = with_special_tokens([self.camera_token, self.register_token], patches)
         rotate = self.rotation(grid)
+        special = 1 + self.config.registers
+        keys = self.thinned and self.thinned.keys(S, grid, special).to(tokens.device)
         cached: dict[int, Tensor] = {}
         for i in range(self.config.depth):
             frame = in_chunks(partial(self.frame_blocks[i], rotate=rotate), tokens.flatten(0, 1))
             frame = frame.unflatten(0, (B, S))
-            tokens = self.global_blocks[i](frame.flatten(1, 2), rotate).unflatten(1, (S, -1))
+            few = keys if self.thinned and i in self.thinned.layers else None
+            tokens = self.global_blocks[i](frame.flatten(1, 2), rotate, few).unflatten(1, (S, -1))
             if i in self.config.cached_layers:
                 # The camera head reads the last layer, to the last bit.
                 cached[i] = kept(frame, tokens, exact=i == self.config.cached_layers[-1])
