@@ -57,6 +57,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bench_pipeline.py
+	$(BIN)/python benchmarks/bench_forward.py
 
 # The papers' claims in miniature, in well under an hour; stopped, it goes on.
 ablation: $(VENV)/.dev

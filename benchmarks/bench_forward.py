@@ -10,6 +10,7 @@ others use, the CPU seconds of one thread (OMP_NUM_THREADS=1) tell more than the
 import argparse
 import hashlib
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -93,8 +94,8 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
     parser.add_argument("--size", nargs=2, type=int, default=[336, 518])
     parser.add_argument("--frames", nargs="+", type=int)
-    parser.add_argument("--against", default="HEAD")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--against", help="a commit to compare with, in turn")
+    parser.add_argument("--runs", type=int, default=3, help="of each commit that count")
     parser.add_argument("--name", default="forward", help="of the file of results")
     parser.add_argument("--weights", type=Path)
     given = parser.parse_args()
@@ -114,7 +115,12 @@ def main() -> None:
             fill(name, path)
             arguments = ["--networks", name, "--weights", str(path), "--frames", *map(str, frames)]
             arguments += ["--size", *map(str, given.size)]
-            measured = compared(sys.argv[0], arguments, given.against, given.runs)
+            if given.against:
+                measured = compared(sys.argv[0], arguments, given.against, given.runs)
+            else:
+                command = [sys.executable, sys.argv[0], *arguments]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                measured = json.loads(done.stdout.splitlines()[-1])
         figures[name] = {"size": shaped[name], "device": str(device), **measured}
     print(json.dumps(figures, indent=1))
     print(write(given.name, figures))
