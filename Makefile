@@ -56,6 +56,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	touch $@ $(VENV)/.user
 
 bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/bench_forward.py
 	$(BIN)/python benchmarks/bench_parts.py
 
 # The papers' claims in miniature, in well under an hour; stopped, it goes on.

@@ -35,7 +35,9 @@ LAYER = {
 BESIDE = {
     "models": {
         "catalog": set(),
-        "layers": set(),
+        "attention": set(),
+        "layers": {"attention"},
+        "short": {"layers", "omega"},
         "tracker": {"layers"},
         "vggt": {"layers", "tracker"},
         "omega": {"layers"},

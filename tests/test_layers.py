@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from golden_data import SMALL_OMEGA, SMALL_VGGT, filled, own_fill, recorded
 from torch import Tensor, nn
 
-from vggt_cli.models import layers
+from vggt_cli.models import attention, layers
 from vggt_cli.models.layers import (
     RectifiedConv,
     ResidualConv,
@@ -192,12 +192,67 @@ def test_networks_run_on_every_device(config: Config, device: torch.device) -> N
 
 
 def test_attention_equals_the_textbook() -> None:
-    attention = layers.Attention(8, 2, qk_norm=True).double()
+    attends = layers.Attention(8, 2, qk_norm=True).double()
     x = random(1, 5, 8)
-    q, k, v = attention.qkv(x).chunk(3, -1)
+    q, k, v = attends.qkv(x).chunk(3, -1)
     heads = []
     for part in (slice(0, 4), slice(4, 8)):
         norms = (F.layer_norm(y[..., part], (4,), eps=1e-5) for y in (q, k))
         a, b = norms
         heads.append((a @ b.mT / 2).softmax(-1) @ v[..., part])
-    torch.testing.assert_close(attention(x), attention.proj(torch.cat(heads, -1)))
+    torch.testing.assert_close(attends(x), attends.proj(torch.cat(heads, -1)))
+
+
+def test_short_attention_to_many_keys_is_as_close_as_the_plain_kernel() -> None:
+    q, k, v = (random(2, 3, attention.MANY + 8, 16, seed=i).bfloat16() for i in range(3))
+    q, k = q[:, :, :300] * 4, k + 2  # steep, and far from zero
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    with torch.no_grad():
+        rows = attention.attended(q, k, v)
+    plain = F.scaled_dot_product_attention(q, k, v)
+    assert not torch.equal(rows, plain), "the rows are another way to compute it"
+    error, usual = ((x.double() - exact).square().mean().sqrt() for x in (rows, plain))
+    assert error < 3 * usual
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_block_by_tiles_is_the_block(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = layers.Block(8, layers.Attention(8, 1, qk_norm=True), layer_scale=0.5).double()
+    x, rotate = random(2, 20, 8), rotation(5) if turned else None
+    with torch.no_grad():
+        whole = block(x, rotate)
+        monkeypatch.setattr(layers, "TILE", 7)
+        with recorded(block) as calls:
+            tiled = block(x, rotate)
+    assert [c.output.shape[1] for c in calls["mlp"]] == ([5] * 4 if turned else [7, 7, 6])
+    torch.testing.assert_close(tiled, whole)
+
+
+@pytest.mark.parametrize("config", [SMALL_OMEGA, SMALL_VGGT], ids=["omega", "vggt"])
+def test_few_frames_at_a_time_give_the_same(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network = build(config).double().eval()
+    images = torch.rand(1, 5, 3, 112, 112, dtype=torch.float64)
+    with torch.no_grad():
+        whole = network(images)
+        for name, few in {"FRAMES": 2, "TILE": 40, "ON_DEVICE": 1}.items():
+            monkeypatch.setattr(layers, name, few)
+        with recorded(network) as calls:
+            chunked = network(images)
+    assert [len(c.output) for c in calls["aggregator.frame_blocks.0"]] == [2, 2, 1]
+    torch.testing.assert_close(chunked.pose_passes, whole.pose_passes)
+    torch.testing.assert_close(chunked.depth, whole.depth)
+    torch.testing.assert_close(chunked.tokens, whole.tokens)
+
+
+@pytest.mark.parametrize("config", [SMALL_OMEGA, SMALL_VGGT], ids=["omega", "vggt"])
+def test_cached_layers_but_the_last_are_as_short_as_the_matrices(config: Config) -> None:
+    network = build(config).eval()
+    layers.to_compute(network.aggregator, torch.bfloat16)
+    with recorded(network) as calls, torch.no_grad():
+        network(torch.rand(1, 2, 3, 112, 112))
+    (call,) = calls["aggregator"]
+    exact = [i for i, x in call.output.items() if x.dtype == torch.float32]
+    assert exact == [config.cached_layers[-1]]

@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vggt_cli.models.attention import Attention as Attention
+from vggt_cli.models.attention import Rotation as Rotation
+from vggt_cli.models.attention import Thinned as Thinned
+from vggt_cli.models.attention import chosen
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's sRGB
+
+FRAMES = 16  # of the encoder and the frame blocks at a time, where no gradient is asked for
+TILE = 8192  # tokens of a block at a time, but for their keys and values
+ON_DEVICE = 100  # frames whose cached layers stay on the accelerator; of more they leave it
 
 Size = tuple[int, int]  # (height, width)
 
@@ -31,56 +40,6 @@ class Outputs(NamedTuple):
     points_confidence: Tensor | None = None  # [B, S, H, W] >= 1
     tokens: Tensor | None = None  # [B, S, 1+R, 2D] camera and register tokens of the last layer
     text: Tensor | None = None  # [B, 2D] unit text embedding of each set
-
-
-class Rotation(NamedTuple):
-    """A rotary position embedding: pairs of channels turned by angles that depend on the token."""
-
-    cos: Tensor  # [T, axes, pairs]
-    sin: Tensor
-
-    @classmethod
-    def by(cls, angles: Tensor, leading: int, like: Tensor) -> Rotation:
-        """The rotation by `angles` [N, axes, pairs]; `leading` tokens before stay as they are."""
-        angles = F.pad(angles, (0, 0, 0, 0, leading, 0))
-        return cls(angles.cos().to(like), angles.sin().to(like))
-
-    def __call__(self, x: Tensor) -> Tensor:  # [..., n T, head size], n frames in a row
-        T, axes, pairs = self.cos.shape
-        a, b = x.to(self.cos).reshape(*x.shape[:-2], -1, T, axes, 2, pairs).unbind(-2)
-        turned = torch.stack((a * self.cos - b * self.sin, b * self.cos + a * self.sin), -2)
-        return turned.flatten(-3).flatten(-3, -2).to(x.dtype)
-
-
-class HeadNorm(nn.LayerNorm):
-    """LayerNorm whose result has the dtype of its weights, whatever comes in."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
-
-
-class Attention(nn.Module):
-    """Self-attention; `qkv` is the class of the first linear layer."""
-
-    def __init__(
-        self, width: int, heads: int, *, qk_norm: bool, qkv: type[nn.Linear] = nn.Linear
-    ) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = qkv(width, 3 * width)
-        self.q_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, rotate: Rotation | None = None) -> Tensor:  # [b, n, D]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        q, k = self.q_norm(q), self.k_norm(k)  # [b, heads, n, head size]
-        if rotate is not None:
-            q, k = rotate(q), rotate(k)
-        # The norms and the rotation leave float32, which the product would otherwise run in.
-        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-        out: Tensor = self.proj(x.transpose(1, 2).flatten(2))
-        return out
 
 
 class Mlp(nn.Module):
@@ -121,9 +80,28 @@ class Block(nn.Module):
         self.mlp = Mlp(width, 4 * width, width)
         self.ls2 = LayerScale(width, layer_scale)
 
-    def forward(self, x: Tensor, rotate: Rotation | None = None) -> Tensor:  # [b, n, D]
-        x = x + self.ls1(self.attn(self.norm1(x), rotate))
+    def forward(
+        self, x: Tensor, rotate: Rotation | None = None, keys: Tensor | None = None
+    ) -> Tensor:  # [b, n, D]; keys: [m] the tokens that are read, if not all are
+        if x.shape[1] > TILE and not torch.is_grad_enabled():
+            return self.tiled(x, rotate, keys)
+        x = x + self.ls1(self.attn(self.norm1(x), rotate, keys))
         out: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
+        return out
+
+    def tiled(self, x: Tensor, rotate: Rotation | None, keys: Tensor | None) -> Tensor:
+        """The same; all but queries, keys, values and the result is there for few tokens."""
+        T = 1 if rotate is None else len(rotate.cos)  # whole frames, as the rotation goes
+        tiles = list(x.split(max(TILE // T, 1) * T, 1))
+        asked = (self.attn.ask(self.norm1(tile), rotate) for tile in tiles)
+        q, k, v = (torch.cat(parts, 2) for parts in zip(*asked, strict=True))
+        k, v = chosen(k, v, keys)
+        out, start = torch.empty_like(x), 0
+        for tile in tiles:
+            end = start + tile.shape[1]
+            tile = tile + self.ls1(self.attn.meet(q[:, :, start:end], k, v))
+            torch.add(tile, self.ls2(self.mlp(self.norm2(tile))), out=out[:, start:end])
+            start = end
         return out
 
 
@@ -172,8 +150,8 @@ class FusionBlock(nn.Module):
     def forward(self, x: Tensor, level: Tensor | None, size: Size) -> Tensor:
         if level is not None:
             x = x + self.resConfUnit1(level)
-        out: Tensor = self.out_conv(resize(self.resConfUnit2(x), size))
-        return out
+        # The published order is to resize first: the same numbers, of four times the pixels.
+        return resize(self.out_conv(self.resConfUnit2(x)), size)
 
 
 class Pyramid(nn.Module):
@@ -212,7 +190,8 @@ class Pyramid(nn.Module):
     ) -> Tensor:  # [b, F, 4 h, 4 w] times `enlarge`
         levels = []
         for i, tokens in enumerate(layers):
-            x = self.projects[i](self.norm(tokens).mT.unflatten(-1, grid))
+            x = self.norm(tokens.to(self.norm.weight))  # cached layers may be elsewhere, and short
+            x = self.projects[i](x.mT.unflatten(-1, grid))
             levels.append(self.scratch[f"layer{i + 1}_rn"](self.resize_layers[i](embed(x))))
         sizes = [(level.shape[-2], level.shape[-1]) for level in levels]
         fine = (sizes[0][0] * enlarge, sizes[0][1] * enlarge)
@@ -250,6 +229,38 @@ def _sines(count: int, extent: float, frequencies: int) -> Tensor:
     omega = 100 ** (-torch.arange(frequencies, dtype=torch.float64) / frequencies)
     angles = omega[:, None] * places
     return torch.cat([angles.sin(), angles.cos()])
+
+
+def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) for a function of each entry alone, few at a time unless gradients are needed."""
+    if torch.is_grad_enabled() or len(x) <= FRAMES:
+        return function(x)
+    results, whole, start = map(function, x.split(FRAMES)), None, 0
+    for part in results:
+        whole = part.new_empty(len(x), *part.shape[1:]) if whole is None else whole
+        whole[start : start + len(part)] = part
+        start += len(part)
+    assert whole is not None
+    return whole
+
+
+def kept(frame: Tensor, tokens: Tensor, *, exact: bool) -> Tensor:
+    """A cached layer [B, S, T, 2D] of what the frame block and the one between frames gave.
+
+    Unless gradients are needed it leaves the accelerator if there are many frames, and is short
+    where matrices are, except `exact` ones.
+    """
+    if torch.is_grad_enabled():
+        return torch.cat([frame, tokens], -1)
+    device, kind = frame.device, frame.device.type
+    short = torch.is_autocast_enabled(kind) and not exact
+    both = torch.empty(
+        (*frame.shape[:-1], 2 * frame.shape[-1]),
+        dtype=torch.get_autocast_dtype(kind) if short else frame.dtype,
+        device=device if frame.shape[1] <= ON_DEVICE else "cpu",
+    )
+    both[..., : frame.shape[-1]], both[..., frame.shape[-1] :] = frame, tokens
+    return both
 
 
 def by_frames(

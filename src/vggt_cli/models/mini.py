@@ -224,6 +224,7 @@ class Mini(nn.Module):
 
     def aggregate(self, images: Tensor) -> Seen:
         """The matches and the tokens of images [B, S, 3, H, W] in [0, 1]."""
+        images = images.to(self.aggregator.camera_token.device)
         B, S, _, H, W = images.shape
         h, w = grid = (H // self.config.patch_size, W // self.config.patch_size)
         pixels = normalized(images)[..., : h * self.config.patch_size, : w * self.config.patch_size]
@@ -242,12 +243,13 @@ class Mini(nn.Module):
             tokens = tokens.unflatten(0, (B, S)) + self.match(facts)
             cached = self.aggregator.attend(tokens, grid)
         layers = [cached[i] for i in self.config.cached_layers]
+        layers[-1] = layers[-1].to(images.device)
         return Seen(layers, local.unflatten(0, (B, S)), pixels, grid)
 
     @property
     def _matrix(self) -> Tensor:
         """One of the matrices whose products are computed in short numbers."""
-        return self.aggregator.get_parameter("frame_blocks.0.attn.proj.weight")
+        return self.aggregator.get_parameter("frame_blocks.0.attn.proj.bias")
 
     def read(self, seen: Seen, frames_per_chunk: int = 8) -> Outputs:
         """What the heads and the solver make of it; two passes of poses, before and after."""

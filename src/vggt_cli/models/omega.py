@@ -24,11 +24,14 @@ from vggt_cli.models.layers import (
     ResidualConv,
     Rotation,
     Size,
+    Thinned,
     add_positions,
     by_frames,
     compute,
     full_precision,
+    in_chunks,
     initialize,
+    kept,
     normalized,
     with_special_tokens,
 )
@@ -139,6 +142,8 @@ class Aggregator(nn.Module):
     patch_embed: maps normalised images [B S, 3, H, W] and the grid (h, w) to [B S, N, D].
     """
 
+    thinned: Thinned | None = None  # an option for many frames
+
     def __init__(self, config: TrunkConfig, patch_embed: nn.Module) -> None:
         super().__init__()
         self.config = config
@@ -150,15 +155,15 @@ class Aggregator(nn.Module):
         blocks = [[block(config, qk_norm=True) for _ in range(config.depth)] for _ in range(2)]
         self.frame_blocks, self.inter_frame_blocks = map(nn.ModuleList, blocks)
 
-    def embed(self, images: Tensor, grid: Size) -> Tensor:  # [B, S, 3, H, W] -> [B, S, N, D]
-        B, S = images.shape[:2]
-        patches = self.patch_embed(images.flatten(0, 1), grid)
-        return torch.unflatten(patches, 0, (B, S))
-
     def forward(self, images: Tensor) -> dict[int, Tensor]:  # [B, S, 3, H, W] -> [B, S, T, 2D]
-        H, W = images.shape[-2:]
+        B, S, _, H, W = images.shape
         grid = (H // self.config.patch_size, W // self.config.patch_size)
-        return self.attend(self.embed(normalized(images), grid), grid)
+
+        def embed(some: Tensor) -> Tensor:
+            patches: Tensor = self.patch_embed(normalized(some.to(self.camera_token.device)), grid)
+            return patches
+
+        return self.attend(in_chunks(embed, images.flatten(0, 1)).unflatten(0, (B, S)), grid)
 
     def attend(self, patches: Tensor, grid: Size) -> dict[int, Tensor]:
         """The cached layers [B, S, T, 2D] by their number, of patch tokens [B, S, N, D]."""
@@ -166,15 +171,23 @@ class Aggregator(nn.Module):
         tokens = with_special_tokens([self.camera_token, self.register_token], patches)
         special = 1 + self.config.registers
         rotate = self.rope_embed(grid, special)
+        keys = self.thinned and self.thinned.keys(S, grid, special).to(tokens.device)
         cached: dict[int, Tensor] = {}
         for i in range(self.config.depth):
-            frame = self.frame_blocks[i](tokens.flatten(0, 1), rotate).unflatten(0, (B, S))
+            frame = in_chunks(partial(self.frame_blocks[i], rotate=rotate), tokens.flatten(0, 1))
+            frame = frame.unflatten(0, (B, S))
             # Register attention leaves the patches out of the whole block.
             meeting = special if i in self.config.register_blocks else frame.shape[2]
-            met = self.inter_frame_blocks[i](frame[:, :, :meeting].flatten(1, 2))
-            tokens = torch.cat([met.unflatten(1, (S, -1)), frame[:, :, meeting:]], 2)
+            thin = self.thinned and i in self.thinned.layers and meeting > special
+            met = self.inter_frame_blocks[i](
+                frame[:, :, :meeting].flatten(1, 2), keys=keys if thin else None
+            )
+            tokens = met.unflatten(1, (S, -1))
+            if meeting < frame.shape[2]:
+                tokens = torch.cat([tokens, frame[:, :, meeting:]], 2)
             if i in self.config.cached_layers:
-                cached[i] = torch.cat([frame, tokens], -1)
+                # The camera head reads the last layer, to the last bit.
+                cached[i] = kept(frame, tokens, exact=i == self.config.cached_layers[-1])
         return cached
 
 
@@ -272,7 +285,7 @@ class Trunk(nn.Module):
 
     def aggregate(self, images: Tensor) -> dict[int, Tensor]:
         """The cached layers [B, S, T, 2D] by their number, of images [B, S, 3, H, W] in [0, 1]."""
-        with compute(self.aggregator.get_parameter("frame_blocks.0.attn.proj.weight")):
+        with compute(self.aggregator.get_parameter("frame_blocks.0.attn.proj.bias")):
             cached: dict[int, Tensor] = self.aggregator(images)
         return cached
 
@@ -282,6 +295,7 @@ class Trunk(nn.Module):
         special = 1 + config.registers
         layers = [cached[i][:, :, special:] for i in config.cached_layers]
         tokens = cached[config.cached_layers[-1]][:, :, :special]
+        tokens = tokens.to(self.aggregator.camera_token.device)
         dense = partial(self.dense_head, size=size)
         with full_precision(tokens):
             pose = self.camera_head(tokens)

@@ -24,11 +24,14 @@ from vggt_cli.models.layers import (
     RectifiedConv,
     Rotation,
     Size,
+    Thinned,
     add_positions,
     by_frames,
     compute,
     full_precision,
+    in_chunks,
     initialize,
+    kept,
     normalized,
     resize,
     with_special_tokens,
@@ -102,6 +105,8 @@ class PatchEncoder(nn.Module):
 class Aggregator(nn.Module):
     """Attention within frames and between all frames in turn: spec section 5."""
 
+    thinned: Thinned | None = None  # an option for many frames
+
     def __init__(self, config: VGGTConfig) -> None:
         super().__init__()
         self.config = config
@@ -122,15 +127,25 @@ class Aggregator(nn.Module):
         p = self.config.patch_size
         assert (H % p, W % p) == (0, 0), f"{H} x {W} is not made of patches of {p}"
         grid = (H // p, W // p)
-        patches = self.patch_embed(normalized(images).flatten(0, 1), grid).unflatten(0, (B, S))
+
+        def embed(some: Tensor) -> Tensor:
+            patches: Tensor = self.patch_embed(normalized(some.to(self.camera_token.device)), grid)
+            return patches
+
+        patches = in_chunks(embed, images.flatten(0, 1)).unflatten(0, (B, S))
         tokens = with_special_tokens([self.camera_token, self.register_token], patches)
         rotate = self.rotation(grid)
+        special = 1 + self.config.registers
+        keys = self.thinned and self.thinned.keys(S, grid, special).to(tokens.device)
         cached: dict[int, Tensor] = {}
         for i in range(self.config.depth):
-            frame = self.frame_blocks[i](tokens.flatten(0, 1), rotate).unflatten(0, (B, S))
-            tokens = self.global_blocks[i](frame.flatten(1, 2), rotate).unflatten(1, (S, -1))
+            frame = in_chunks(partial(self.frame_blocks[i], rotate=rotate), tokens.flatten(0, 1))
+            frame = frame.unflatten(0, (B, S))
+            few = keys if self.thinned and i in self.thinned.layers else None
+            tokens = self.global_blocks[i](frame.flatten(1, 2), rotate, few).unflatten(1, (S, -1))
             if i in self.config.cached_layers:
-                cached[i] = torch.cat([frame, tokens], -1)
+                # The camera head reads the last layer, to the last bit.
+                cached[i] = kept(frame, tokens, exact=i == self.config.cached_layers[-1])
         return cached
 
     def rotation(self, grid: Size) -> Rotation:
@@ -252,7 +267,7 @@ class VGGT(nn.Module):
 
     def aggregate(self, images: Tensor) -> dict[int, Tensor]:
         """The cached layers [B, S, T, 2D] by their number, of images [B, S, 3, H, W] in [0, 1]."""
-        with compute(self.aggregator.get_parameter("frame_blocks.0.attn.proj.weight")):
+        with compute(self.aggregator.get_parameter("frame_blocks.0.attn.proj.bias")):
             cached: dict[int, Tensor] = self.aggregator(images)
         return cached
 
@@ -261,6 +276,7 @@ class VGGT(nn.Module):
         layers = self.patch_layers(cached)
         points, sureness = None, None
         tokens = cached[self.config.cached_layers[-1]][:, :, : 1 + self.config.registers]
+        tokens = tokens.to(self.aggregator.camera_token.device)
         with full_precision(tokens):
             passes = self.camera_head(tokens[:, :, 0])
             head = partial(self.depth_head.read, size=size)

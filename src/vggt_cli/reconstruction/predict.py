@@ -16,15 +16,17 @@ from vggt_cli.scene import Cameras, ImageSet, Prediction
 FIELD_OF_VIEW = (math.radians(1), math.radians(175))
 
 
-def predict(network: Network, images: ImageSet, frames_per_chunk: int = 8) -> Prediction:
+def predict(network: Network, images: ImageSet, frames_per_chunk: int | None = None) -> Prediction:
     """What `network` says about `images`, in the world of frame 0.
 
-    frames_per_chunk: how many frames the dense head takes at a time; memory, not numbers.
+    frames_per_chunk: how many frames the dense head takes at a time, memory, not numbers: 8 on an
+    accelerator, 1 on the CPU, which is no faster with more.
     Raises GeometryError if a camera is not finite.
     """
     device = next(network.parameters()).device
+    frames_per_chunk = frames_per_chunk or (1 if device.type == "cpu" else 8)
     with torch.inference_mode(), exact_convolutions():
-        outputs = network(images.pixels[None].to(device), frames_per_chunk)
+        outputs = network(images.pixels[None], frames_per_chunk)
     encoding = outputs.pose_passes[-1, 0].cpu().double()
     if not encoding.isfinite().all():
         frame = int((~encoding.isfinite().all(-1)).nonzero()[0])
