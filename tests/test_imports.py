@@ -48,7 +48,7 @@ BESIDE = {
         "networks": {"layers", "vggt", "omega", "mini"},
         "store": {"catalog"},
         "checkpoint": {"layers", "networks"},
-        "weights": {"catalog", "store", "checkpoint", "networks"},
+        "weights": {"attention", "catalog", "store", "checkpoint", "networks", "short"},
     },
     "formats": {
         "files": set(),

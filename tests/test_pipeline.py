@@ -13,7 +13,7 @@ from vggt_cli.errors import GeometryError, InputError, MemoryExceeded, WeightsEr
 from vggt_cli.formats import export
 from vggt_cli.models import weights
 from vggt_cli.models.layers import Outputs
-from vggt_cli.reconstruction import pipeline, predict, sequence
+from vggt_cli.reconstruction import pipeline, predict, sequence, settings
 from vggt_cli.reconstruction.settings import Options
 from vggt_cli.scene import Scene
 
@@ -193,3 +193,29 @@ def test_a_camera_that_is_not_finite_is_an_error_and_an_absurd_field_of_view_is_
     assert zero.cameras.intrinsics.isfinite().all()
     with pytest.raises(GeometryError, match=r"not finite: 1\.png"):
         predict.predict(Says([float("nan")] * 9), images)  # type: ignore[arg-type]
+
+
+def test_other_precisions_and_fewer_keys_give_nearly_the_same_scene(
+    photos: list[Image.Image], tmp_path: Path
+) -> None:
+    for i, photo in enumerate(photos):
+        photo.save(tmp_path / f"{i}.png")
+    float32 = dataclasses.replace(MINI, precision="float32")
+    exact = reconstructed(tmp_path, float32)
+    assert exact.made_by.dtype == "float32"
+    for changed in (
+        dataclasses.replace(MINI, precision="int8"),
+        dataclasses.replace(MINI, precision="bfloat16"),
+        dataclasses.replace(float32, fewer_keys=True),
+    ):
+        scene = reconstructed(tmp_path, changed)
+        assert scene.made_by.dtype == changed.precision
+        assert not torch.equal(scene.prediction.depth, exact.prediction.depth), changed
+        apart = (scene.prediction.depth / exact.prediction.depth - 1).abs().median()
+        assert apart < 0.05, (changed, apart)
+
+
+def test_int8_is_refused_where_it_would_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vggt_cli.device.choose", lambda name: torch.device("meta"))
+    with pytest.raises(InputError, match="int8 is for CPUs"):
+        settings.settle(dataclasses.replace(MINI, precision="int8"))

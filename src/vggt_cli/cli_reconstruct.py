@@ -22,6 +22,15 @@ class Camera(enum.StrEnum):
     per_folder = "per-folder"
 
 
+class Precision(enum.StrEnum):
+    """Numbers of the network's matrix products."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
 class Refine(enum.StrEnum):
     """What may correct the predicted cameras."""
 
@@ -50,6 +59,21 @@ def reconstruct(
         ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            help="Of the network's matrix products; auto: bfloat16 where the device multiplies it. "
+            "int8, CPUs only: faster, less exact (docs/speed.md)."
+        ),
+    ] = Precision.auto,
+    fewer_keys: Annotated[
+        bool,
+        typer.Option(
+            "--fewer-keys",
+            help="Late blocks read a sixteenth of the patches: of hundreds of photos at once much "
+            "faster, less exact (docs/speed.md).",
+        ),
+    ] = False,
     points: Annotated[
         int, typer.Option(min=1, help="Most points in sparse/0; points.ply holds more.")
     ] = 200_000,
@@ -183,6 +207,8 @@ def reconstruct(
     options = settings.Options(
         model=model,
         device=device,
+        precision=precision.value,
+        fewer_keys=fewer_keys,
         points=points,
         confidence=confidence,
         resolution=resolution,

@@ -93,6 +93,11 @@ class Thinned:
     layers: tuple[int, ...]
     stride: int
 
+    @classmethod
+    def of(cls, depth: int) -> Thinned:
+        """In the later blocks of `depth`, as AVGGT (arXiv 2512.02541) does: 9 to 23 of 24."""
+        return cls(tuple(range(-(-3 * depth // 8), depth)), stride=4)
+
     def keys(self, S: int, grid: tuple[int, int], special: int) -> Tensor:
         """The tokens [m] that are read, of S frames of `special` tokens and a grid of patches."""
         read = torch.zeros(S, *grid, dtype=torch.bool)

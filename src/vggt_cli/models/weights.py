@@ -77,16 +77,24 @@ def load(
 ) -> tuple[Network, Weights]:
     """The network of `model` ("auto", a name or a file) on `device`, ready to predict.
 
-    dtype: of the aggregator's matrices; everything else is float32.
+    dtype: of the aggregator's matrices; everything else is float32. int8: see `short.to_int8`.
     heads: those wanted beside camera and depth, of "point", "track" and "text"; the weights of
     the others are not read. progress: told while a file is hashed, the first time it is used.
     Raises WeightsError if the weights are not here, their hash is not the recorded one, or keys
     and shapes are not exactly those of the network; InputError if there is no such file.
     """
+    import torch
+
+    from vggt_cli.device import compute_dtype
+    from vggt_cli.models.short import to_int8
+
     known, path = identify(model)
     file = _opened(path, known)
     digest = _checked(known, path, progress, fresh=not known.source)
-    network = file.network(_with_heads(file.config(known.config), heads), device, dtype)
+    config, short = _with_heads(file.config(known.config), heads), dtype == torch.int8
+    network = file.network(config, device, compute_dtype(device) if short else dtype)
+    if short:
+        to_int8(network.aggregator)
     licence = known.licence
     return network, Weights(
         known.name, path, digest, licence.name, licence.commercial, known.shaping
@@ -101,6 +109,7 @@ class Wanted:
     device: torch.device
     dtype: torch.dtype
     heads: tuple[str, ...] = ()
+    fewer_keys: bool = False  # see `attention.Thinned`
 
 
 Networks = dict[Wanted, tuple["Network", Weights]]
@@ -114,7 +123,12 @@ def kept(
     if wanted not in networks:
         networks.clear()
         asked = wanted.model, wanted.device, wanted.dtype, wanted.heads
-        networks[wanted] = load(*asked, progress)
+        network, used = load(*asked, progress)
+        if wanted.fewer_keys:
+            from vggt_cli.models.attention import Thinned
+
+            network.aggregator.thinned = Thinned.of(network.aggregator.config.depth)
+        networks[wanted] = network, used
     return networks[wanted]
 
 

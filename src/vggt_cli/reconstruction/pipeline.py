@@ -59,8 +59,7 @@ def reconstruct(
     stages.work = f"{len(loaded.images)} images of {decode.words(loaded.images.size)}"
     group, prior = camera_groups(loaded.photos, options.camera), _prior(options, loaded)
     with stages.stage("load weights"):
-        heads = ["text"] * options.save_tokens + ["track"] * work.refined
-        wanted = weights.Wanted(options.model, setting.device, setting.dtype, tuple(heads))
+        wanted = setting.network(options, work.refined)
         network, used = weights.kept(wanted, networks, partial(progress, "load weights"))
     with stages.stage("predict"):
         prediction, drift = predicted(network, loaded.images, work, stages)

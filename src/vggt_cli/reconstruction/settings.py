@@ -11,9 +11,11 @@ from typing import Literal
 import torch
 
 from vggt_cli import device as devices
+from vggt_cli.errors import InputError
 from vggt_cli.formats import images
 from vggt_cli.models import weights
 from vggt_cli.models.catalog import CATALOG, Entry
+from vggt_cli.models.weights import Wanted
 from vggt_cli.reconstruction import pairs, plan
 from vggt_cli.reconstruction.inputs import InputOptions
 from vggt_cli.scene import Shaping
@@ -27,6 +29,8 @@ class Options:
 
     model: str = "auto"  # a name of the weights table, or a file
     device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # of matrix products
+    fewer_keys: bool = False  # late blocks read a part of the patches: see docs/speed.md
     points: int = 200_000  # at most, in sparse/0
     confidence: float = 20.0  # percent of the pixels, the least sure, that are dropped
     resolution: int | None = None  # pixels; None: what the weights were trained at
@@ -63,6 +67,11 @@ class Setting:
     shaping: Shaping
     warnings: tuple[str, ...]
 
+    def network(self, options: Options, refined: bool) -> Wanted:
+        """The network that does it."""
+        heads = ["text"] * options.save_tokens + ["track"] * refined
+        return Wanted(options.model, self.device, self.dtype, tuple(heads), options.fewer_keys)
+
     def plan(self, options: Options, sizes: Sequence[tuple[int, int]], count: int) -> plan.Plan:
         """The plan for `count` photos of these (height, width). Raises as `plan.fit` does."""
         shaped = [images.network_size(size, self.shaping) for size in sizes]
@@ -98,7 +107,17 @@ def settle(options: Options) -> Setting:
         )
         log.warning(warnings[0])
         shaping = dataclasses.replace(shaping, resolution=options.resolution)
-    return Setting(device, devices.compute_dtype(device), known, shaping, tuple(warnings))
+    return Setting(device, _dtype(options, device), known, shaping, tuple(warnings))
+
+
+def _dtype(options: Options, device: torch.device) -> torch.dtype:
+    if options.precision == "auto":
+        return devices.compute_dtype(device)
+    if options.precision == "int8" and device.type != "cpu":
+        raise InputError(f"--precision int8 is for CPUs, and this is {device}", "leave it out")
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[
+        options.precision
+    ]
 
 
 def _entry(options: Options) -> Entry:
