@@ -109,7 +109,8 @@ def unproject(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
     camera = torch.stack([x[..., None, :] * depth, y[..., None] * depth, depth], -3).flatten(-2)
     rotation, translation = extrinsics[..., :3], extrinsics[..., 3:]
     world = rotation.mT @ (camera - translation)  # [..., 3, H W]
-    return world.mT.unflatten(-2, depth.shape[-2:]).contiguous()
+    points: Tensor = world.mT.unflatten(-2, depth.shape[-2:])
+    return points.contiguous()
 
 
 def project(points: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> tuple[Tensor, Tensor]:
