@@ -10,13 +10,12 @@ from torch.testing import assert_close
 from wall import EVERYTHING, H, S, W, wall
 
 from vggt_cli.errors import GeometryError
-from vggt_cli.geometry import project_tracks, unproject
+from vggt_cli.geometry import project_tracks, surface_normals, unproject
 from vggt_cli.reconstruction import fuse as fuse_module
 from vggt_cli.reconstruction import trust
 from vggt_cli.reconstruction.fuse import (
     AGREEMENT,
     fuse,
-    surface_normals,
 )
 from vggt_cli.reconstruction.trust import confident_pixels, depth_edges
 from vggt_cli.scene import PointCloud, Prediction

@@ -120,7 +120,7 @@ def surface_normals(points: Tensor, center: Tensor) -> Tensor:
     normals = torch.linalg.cross(across, down)
     to_camera = center - points
     normals = torch.where((normals * to_camera).sum(-1, keepdim=True) < 0, -normals, normals)
-    flat = normals.norm(dim=-1, keepdim=True) < 1e-20
+    flat = ~(normals.norm(dim=-1, keepdim=True) >= 1e-20)  # beside unknown depth: no number
     return F.normalize(torch.where(flat, to_camera, normals), dim=-1, eps=1e-30)
 
 

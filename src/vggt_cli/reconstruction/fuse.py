@@ -13,11 +13,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vggt_cli.device import one_thread_each
 from vggt_cli.formats import room
-from vggt_cli.geometry import keep_points, project, unproject
+from vggt_cli.geometry import keep_points, project, surface_normals, unproject
 from vggt_cli.reconstruction.trust import chunks, confident_pixels, marked
 from vggt_cli.scene import ImageSet, PointCloud, Prediction, Tracks
 
@@ -56,17 +55,6 @@ def fuse(
         seeds = _candidates(prediction, images, marks, options, pool)
         seeds = _thin_out(seeds, options.points, pool)
         return _observe(seeds, prediction, images, marks, pool) if observe else seeds.cloud
-
-
-def surface_normals(points: Tensor, center: Tensor) -> Tensor:
-    """[H, W, 3] unit normals of a point map [H, W, 3], towards the camera at `center` [3]."""
-    across = torch.gradient(points, dim=1)[0] if points.shape[1] > 1 else torch.ones_like(points)
-    down = torch.gradient(points, dim=0)[0] if points.shape[0] > 1 else torch.ones_like(points)
-    normals = torch.linalg.cross(across, down)
-    to_camera = center - points
-    normals = torch.where((normals * to_camera).sum(-1, keepdim=True) < 0, -normals, normals)
-    flat = ~(normals.norm(dim=-1, keepdim=True) >= 1e-20)  # beside unknown depth: no number
-    return F.normalize(torch.where(flat, to_camera, normals), dim=-1, eps=1e-30)
 
 
 @dataclass(frozen=True, eq=False)
