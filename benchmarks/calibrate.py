@@ -1,7 +1,7 @@
 """Measures what each step of a run costs here, and writes the constants that plans are made of.
 
 python benchmarks/calibrate.py            mini, and all steps that no network changes
-python benchmarks/calibrate.py FILE...    networks in files of weights as they are published
+python benchmarks/calibrate.py NAME...    networks of the published sizes, with filled weights
 
 Runs whole reconstructions of rendered photos in processes of their own, fits the constants of
 `plan.amounts` to the seconds and the peak memory of each step, and says how far they are off on
@@ -13,16 +13,21 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from bench_forward import values
 from bench_refine import photographs
 from common import ROOT, write
 from PIL import Image
+from safetensors.torch import save_file
 from scipy.optimize import nnls
 
+from vggt_cli.models import checkpoint
+from vggt_cli.models.networks import CONFIGS
 from vggt_cli.models.weights import identify
 from vggt_cli.reconstruction import plan
 from vggt_cli.reconstruction.plan import Work
@@ -61,6 +66,7 @@ LARGE_SEEN = [(1, 1.0), (2, 1.0), (4, 1.0), (1, 0.5), (4, 0.5), (8, 0.5), (12, 0
 LARGE_HELD_OUT = [(3, 1.0), (6, 0.5), (3, 0.7)]
 # What each step's cost may be a sum of.
 SECONDS = {
+    "start": ("run",),
     "load images": ("run", "frames", "photos", "maps"),
     "load weights": ("run",),
     "predict": ("run", "tokens", "frame attention", "set attention", "joints"),
@@ -71,6 +77,7 @@ SECONDS = {
     "write": ("run", "frames", "photos", "maps", "candidates"),
 }
 BYTES = {
+    "start": ("run",),
     "load images": ("run", "photo", "held"),
     "load weights": ("run", "held"),
     "predict": ("run", "frame tokens", "window tokens", "held"),
@@ -82,14 +89,16 @@ BYTES = {
 }
 OF_NETWORK = ("load weights", "predict")
 RUN = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
 from vggt_cli.formats import export
 from vggt_cli.reconstruction import pipeline
 from vggt_cli.reconstruction.settings import Options, settle
 from vggt_cli.formats.decode import upright_sizes
-source, out, options = sys.argv[1], sys.argv[2], Options(**json.loads(sys.argv[3]))
+source, out, options, last = *sys.argv[1:3], Options(**json.loads(sys.argv[3])), sys.argv[4]
 steps, begun = {}, {}
+paths = sorted(Path(source).iterdir())
+work = settle(options).plan(options, upright_sizes(paths), len(paths)).work
 def said(stage, done, total):
     if done == total == 0:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -98,26 +107,32 @@ def said(stage, done, total):
         status = Path("/proc/self/status").read_text()
         peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
         steps[stage] = {"seconds": time.perf_counter() - begun.pop(stage), "bytes": peak}
+        if stage == last:
+            print(json.dumps({"steps": steps, "work": vars(work)}), flush=True)
+            os._exit(0)
 scene = pipeline.reconstruct(source, options, said)
 said("write", 0, 0)
 export.write(scene, Path(out))
 said("write", 1, 1)
-paths = sorted(Path(source).iterdir())
-work = settle(options).plan(options, upright_sizes(paths), len(paths)).work
-print(json.dumps({"steps": steps, "work": vars(work)}))
 """
 
 
-def measured(source: Path, options: dict[str, Any]) -> tuple[Work, dict[str, dict[str, float]]]:
+def measured(
+    source: Path, options: dict[str, Any], last: str
+) -> tuple[Work, dict[str, dict[str, float]]]:
     """The work of one run in a process of its own, and seconds and peak bytes of its steps."""
     with tempfile.TemporaryDirectory() as place:
+        begun = time.perf_counter()
         run = subprocess.run(
-            [sys.executable, "-c", RUN, source, f"{place}/scene", json.dumps(options)],
+            [sys.executable, "-c", RUN, source, f"{place}/scene", json.dumps(options), last],
             capture_output=True, text=True, check=False, env={**os.environ, "VGGT_HOME": place},
         )  # fmt: skip
+        took = time.perf_counter() - begun
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
     work = Work(**{**found["work"], "size": tuple(found["work"]["size"])})
+    inside = sum(step["seconds"] for step in found["steps"].values())
+    found["steps"]["start"] = {"seconds": took - inside, "bytes": 1}  # Python, torch, and the end
     print(json.dumps(found), flush=True)
     return work, found["steps"]
 
@@ -188,23 +203,29 @@ def _both(measured: float, predicted: float) -> dict[str, float]:
     return {name: round(value, 3) for name, value in found.items()}
 
 
-def main(files: list[str]) -> None:
+def main(names: list[str]) -> None:
     """Measure, fit, write, and say how far off."""
     costs = json.loads(COSTS.read_text())
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
         originals = place / "rendered"
         originals.mkdir()
         photographs(48, originals)
-        for model in files or ["mini"]:
+        for name in names or ["mini"]:
+            model = name
+            if names:
+                model = str(place / f"{name}.safetensors")
+                shapes = checkpoint.shapes(CONFIGS[name])
+                save_file({k: values(k, v).float() for k, v in shapes.items()}, model)
             seen, unseen = (_runs(model, which, originals, place) for which in (True, False))
-            _learn(costs, seen, bool(files))
+            _learn(costs, seen, bool(names))
             COSTS.write_text(json.dumps(costs, indent=1) + "\n")
             plan.costs.cache_clear()
             figures = {"fitted": compared(seen), "held out": compared(unseen)}
-            config = seen[0][0].config
             print(json.dumps(figures["held out"], indent=1))
-            print(write(f"plan_{config}", figures))
+            print(write(f"plan_{name}", figures))
+            if names:
+                Path(model).unlink()
 
 
 def _runs(model: str, seen: bool, originals: Path, place: Path) -> Runs:
@@ -217,7 +238,11 @@ def _runs(model: str, seen: bool, originals: Path, place: Path) -> Runs:
         for n, part in LARGE_SEEN if seen else LARGE_HELD_OUT:
             sets.append((n, (768, 1024), {"refine": "none", "resolution": round(full * part)}))
     return [
-        measured(folder_of(originals, n, size, place), {"model": model, **options})
+        measured(
+            folder_of(originals, n, size, place),
+            {"model": model, **options},
+            "write" if model == "mini" else "predict",
+        )
         for n, size, options in sets
     ]
 

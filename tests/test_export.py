@@ -259,6 +259,7 @@ class Report(Strict):
     scale: Literal["arbitrary", "metric"]
     tracks: Literal["depth", "image"]
     priors: dict[str, Any]
+    windows: dict[str, Any] | None
     findings: list[dict[str, Any]]
     refinement: dict[str, Any] | None
     points: Points

@@ -104,6 +104,7 @@ def read(folder: Path) -> Scene:
         left_out,
         *said,
         priors=report.get("priors", {}),
+        windows=report.get("windows") or {},
         findings=findings,
     )
 
