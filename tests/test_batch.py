@@ -20,8 +20,9 @@ from vggt_cli import cli_batch
 from vggt_cli.errors import InputError, OutputError
 from vggt_cli.formats import scene_read
 from vggt_cli.formats.claims import claimed
+from vggt_cli.formats.images import Loaded
 from vggt_cli.models import weights
-from vggt_cli.reconstruction import batch, pipeline
+from vggt_cli.reconstruction import batch, inputs, pipeline
 from vggt_cli.reconstruction.batch import How, Job
 from vggt_cli.reconstruction.settings import Options
 
@@ -171,6 +172,9 @@ def test_what_is_done_is_left_and_what_changed_is_made_again(photos: Path, tmp_p
     assert (tmp_path / "scene/report.json").read_bytes() == before
     assert not skipped(replace(first, options=replace(first.options, seed=1)))
     assert not skipped(replace(first, options=replace(first.options, seed=1), formats=("glb",)))
+    assert not skipped(replace(first, html=False))
+    assert skipped(replace(first, html=False))
+    assert not skipped(replace(first, html=True))  # the page is missing
     with Image.open(photos / "left.png") as photo:
         turned = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     turned.save(photos / "left.png")
@@ -186,6 +190,22 @@ def test_photos_are_the_same_by_whatever_way_they_are_found(
     monkeypatch.chdir(tmp_path / "elsewhere")
     ways = ["../photos", "../photos/*.png", str(photos), str(photos / "../photos/*")]
     assert len({pipeline.content_key(way, USUAL) for way in ways}) == 1
+
+
+def test_a_photo_that_changes_during_the_work_counts_as_it_was(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = pipeline.content_key(str(photos), USUAL)
+    read = inputs.read
+
+    def reads_late(*arguments: Any) -> Loaded:
+        loaded = read(*arguments)
+        Image.new("RGB", (96, 64)).save(photos / "left.png")
+        return loaded
+
+    monkeypatch.setattr(inputs, "read", reads_late)
+    assert pipeline.reconstruct(str(photos), USUAL).made_by.content == before
+    assert pipeline.content_key(str(photos), USUAL) != before
 
 
 def test_a_mask_of_another_photo_is_another_content(photos: Path, tmp_path: Path) -> None:

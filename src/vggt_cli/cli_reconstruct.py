@@ -241,7 +241,8 @@ def reconstruct(
         print_plan({**pipeline.foresee(source, options), "out": str(out.absolute())}, as_json)
         return
     with claimed(out, home() / "locks"):
-        if not (resume and batch.is_done(batch.Job(source, out, options, formats))):
+        job = batch.Job(source, out, options, formats, not no_html)
+        if not (resume and batch.is_done(job)):
             export.refuse_existing(out, overwrite or resume)
             with Progress(quiet) as progress:
                 scene = pipeline.reconstruct(source, options, progress)

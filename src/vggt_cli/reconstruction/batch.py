@@ -190,9 +190,11 @@ def _made(job: Job, how: How, networks: Networks) -> dict[str, Any]:
 
 def is_done(job: Job) -> bool:
     """Whether the scene is there, whole, of the same photos, weights and options,
-    with the formats that are wanted."""
+    with the formats and the page that are wanted."""
     made = scene_read.content(job.out)
     if made is None or not set(job.formats) <= set(writers.held(job.out)):
+        return False
+    if job.html and not (job.out / "scene.html").is_file():
         return False
     return made != "" and made == pipeline.content_key(job.source, job.options)
 

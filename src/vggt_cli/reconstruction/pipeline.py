@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +53,7 @@ def reconstruct(
     stages = Stages(setting.device, progress)
     with stages.stage("load images"):
         root, paths = inputs.find(source, options.inputs)
+        digest = _key(root, paths, options)  # of the photos as they are read, not as they end
         sources = inputs.gather(root, paths, options.inputs, progress)
         sizes = decode.upright_sizes(sources.paths)
         work = setting.plan(options, sizes, len(sources.paths)).work
@@ -74,7 +77,6 @@ def reconstruct(
         tracks, rgb, dense = _points(improved, options)
     with stages.stage("diagnose"):
         findings = diagnose(loaded.photos, improved, raw, start.group)
-    digest = content.key(root, paths, dataclasses.asdict(options), used.sha256)
     made_by = _made_by(used, setting, options, stages, digest)
     return Scene(
         loaded.photos,
@@ -131,12 +133,12 @@ def _made_by(
 
 def content_key(source: str, options: Options) -> str:
     """What `Provenance.content` of the scene would be; empty for a list, which is read but once."""
-    if source == "-":
-        return ""
+    return "" if source == "-" else _key(*inputs.find(source, options.inputs), options)
+
+
+def _key(root: Path, paths: Sequence[Path], options: Options) -> str:
     _, path = weights.identify(options.model)
-    return content.key(
-        *inputs.find(source, options.inputs), dataclasses.asdict(options), sha256(path)
-    )
+    return content.key(root, paths, dataclasses.asdict(options), sha256(path))
 
 
 def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) -> Scene:
