@@ -102,6 +102,14 @@ def test_a_blurred_photo_is_less_sharp_than_the_others_and_noise_or_jpeg_is_not(
     assert finding.files == (paths[3].name,)
 
 
+def test_a_black_photo_is_blurred_beside_the_rest() -> None:
+    photos = [Photo(Path(name), name, (4, 4)) for name in ("a.png", "b.png")]
+    (finding,) = soft(photos, [0.5, 0.0])
+    assert finding.files == ("b.png",)
+    assert "b.png (0%)" in finding.words
+    assert soft(photos, [0.0, 0.0]) == []
+
+
 def test_a_large_jpeg_is_as_sharp_as_the_same_photo_as_png(tmp_path: Path) -> None:
     large = picture().resize((4000, 3000), Image.Resampling.BICUBIC)
     for name in ("a.jpg", "b.png"):

@@ -177,7 +177,8 @@ def soft(photos: Sequence[Photo], sharpness: Sequence[float]) -> list[Finding]:
     frames = blurred(sharpness)
     if not frames:
         return []
-    usual = float(torch.tensor(sharpness, dtype=torch.float64).nanmedian())
+    rest = [value for i, value in enumerate(sharpness) if i not in frames]
+    usual = float(torch.tensor(rest, dtype=torch.float64).nanmedian())
     files = tuple(photos[i].name for i in frames)
     named = few([f"{photos[i].name} ({sharpness[i] / usual:.0%})" for i in frames])
     words = f"{len(files)} of {len(photos)} photos are blurred (sharpness beside the rest): {named}"
