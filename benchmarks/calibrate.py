@@ -33,34 +33,34 @@ from vggt_cli.reconstruction import plan
 from vggt_cli.reconstruction.plan import Work
 
 COSTS = ROOT / "src/vggt_cli/reconstruction/costs.json"
-# Photos, (height, width) of them, refined, frames at once.
+# Photos, (height, width) of them, refined, frames at once. Refined ones are never enlarged, which
+# would leave them without fine features.
 SEEN = [
-    (2, (768, 1024), True, 120),
-    (4, (768, 1024), True, 120),
-    (12, (768, 1024), True, 120),
-    (24, (768, 1024), True, 120),
-    (44, (768, 1024), True, 120),
-    (12, (1536, 2048), True, 120),
-    (28, (1536, 2048), True, 120),
-    (12, (512, 1024), True, 120),
-    (3, (3000, 4000), False, 120),
-    (20, (3000, 4000), False, 120),
+    (2, (768, 1024), True, 16),
+    (5, (768, 1024), True, 16),
+    (12, (768, 1024), True, 16),
+    (20, (768, 1024), True, 120),
+    (26, (768, 1024), True, 16),
+    (44, (768, 1024), True, 16),
+    (12, (480, 640), True, 16),
+    (32, (480, 640), True, 120),
+    (3, (3000, 4000), False, 16),
+    (20, (3000, 4000), False, 16),
     (12, (768, 1024), False, 120),
     (60, (512, 1024), False, 120),
-    (60, (768, 1024), False, 20),
+    (60, (768, 1024), False, 16),
     (100, (768, 1024), False, 120),
-    (200, (768, 1024), False, 120),
-    (400, (768, 1024), False, 60),
-    (400, (768, 768), False, 100),
+    (200, (768, 1024), False, 40),
+    (320, (768, 1024), False, 16),
 ]
 HELD_OUT = [
-    (8, (1200, 1600), True, 120),
-    (18, (768, 1024), True, 120),
-    (34, (900, 1200), True, 120),
-    (40, (1200, 1600), False, 120),
+    (8, (600, 800), True, 16),
+    (17, (768, 1024), True, 16),
+    (36, (600, 1024), True, 16),
+    (40, (1200, 1600), False, 16),
     (80, (600, 1024), False, 120),
-    (300, (768, 1024), False, 80),
-    (600, (512, 1024), False, 120),
+    (150, (768, 1024), False, 60),
+    (400, (768, 768), False, 24),
 ]
 LARGE_SEEN = [(1, 1.0), (2, 1.0), (4, 1.0), (1, 0.5), (4, 0.5), (8, 0.5), (12, 0.5)]
 LARGE_HELD_OUT = [(3, 1.0), (6, 0.5), (3, 0.7)]
@@ -70,9 +70,9 @@ SECONDS = {
     "load images": ("run", "frames", "photos", "maps"),
     "load weights": ("run",),
     "predict": ("run", "tokens", "frame attention", "set attention", "joints"),
-    "find tracks": ("refined", "refined frames", "refined photos", "pairs"),
-    "refine": ("refined", "refined frames", "pairs"),
-    "fuse": ("run", "maps", "candidates", "sightings"),
+    "find tracks": ("run", "frames", "searched photos", "whole pairs", "pairs"),
+    "refine": ("run", "frames", "all pairs"),
+    "fuse": ("run", "candidates", "sightings"),
     "diagnose": ("run", "frames", "photos", "all pairs"),
     "write": ("run", "frames", "photos", "maps", "candidates"),
 }
@@ -81,8 +81,8 @@ BYTES = {
     "load images": ("run", "photo", "held"),
     "load weights": ("run", "held"),
     "predict": ("run", "frame tokens", "window tokens", "held"),
-    "find tracks": ("run", "refined photo", "refined frames", "held"),
-    "refine": ("run", "refined frames", "pairs", "held"),
+    "find tracks": ("run", "frames", "searched photo", "held"),
+    "refine": ("run", "frames", "held"),
     "fuse": ("run", "candidates", "held"),
     "diagnose": ("run", "photo", "candidates", "held"),
     "write": ("run", "photo", "candidates", "held"),

@@ -105,7 +105,7 @@ BESIDE = {
             *("content", "detect", "diagnose", "fuse", "given", "improve", "inputs", "pairs"),
             *("plan", "refine", "sequence", "settings", "stages", "tracks"),
         },
-        "plan": {"fuse", "pairs", "windows"},
+        "plan": {"detect", "fuse", "pairs", "windows"},
         "settings": {"inputs", "pairs", "plan"},
         "sequence": {"loops", "plan", "predict", "stages", "windows"},
         "matches": set(),

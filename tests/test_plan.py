@@ -37,12 +37,13 @@ def test_amounts_name_all_that_costs_something() -> None:
             assert {*cost["seconds"], *cost["bytes"]} <= {*of}
     assert of["frames"] == 1000
     assert of["photos"] == 12e9
-    assert of["pairs"] == 0
+    assert of["pairs"] == of["all pairs"] == 0
     tokens = 6 * 9 + plan.SPECIAL
     assert of["window tokens"] == 60 * tokens
     assert of["held"] == 60 * 192 * 288
     few = amounts(dataclasses.replace(WORK, frames=10, refined=True))
-    assert few["pairs"] == 45
+    assert few["whole pairs"] == 45
+    assert few["sightings"] == 0  # photos say what is seen where
     assert few["set attention"] == (10 * tokens) ** 2
     assert few["held"] == 10 * 192 * 288
 

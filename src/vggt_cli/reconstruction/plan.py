@@ -17,7 +17,9 @@ from typing import Any
 
 from vggt_cli.device import OPERATIONS
 from vggt_cli.errors import InputError, MemoryExceeded
+from vggt_cli.formats.features import COARSE
 from vggt_cli.models.networks import CONFIGS
+from vggt_cli.reconstruction.detect import LONGEST
 from vggt_cli.reconstruction.fuse import CANDIDATES
 from vggt_cli.reconstruction.pairs import (
     ALL_PAIRS,
@@ -31,6 +33,7 @@ from vggt_cli.reconstruction.windows import LOOP_SIDE, LOOPS
 DENSE_POINTS = 2_000_000  # in points.ply
 LEAST = 2  # frames of a window: with one there is nothing to join
 SPARE = 0.9  # of the memory that there is
+OF_PHOTOS = ("find tracks", "refine")  # steps of refinement
 SPECIAL = 17  # tokens of a frame beside its patches
 # Where nothing was measured: activations of a token, as multiples of the network's width.
 WIDTHS = 60
@@ -91,16 +94,18 @@ def amounts(work: Work) -> dict[str, float]:
     S, n, windows = work.frames, min(work.window, work.frames), work.windows
     T = (H // work.patch_size) * (W // work.patch_size) + SPECIAL
     loops, side = (LOOPS * windows if windows > 1 else 0.0), min(LOOP_SIDE, n // 2)
-    pairs = S * (S - 1) / 2
-    if S > EXHAUSTIVE:  # some are chosen by several of the three
-        pairs = min(pairs, S * (BY_GEOMETRY + BY_LOOKS + BY_ORDER))
-    most = CANDIDATES * max(DENSE_POINTS, work.points)
+    pixels = work.photo_pixels
+    # SIFT doubles small photos and reduces large ones; most are 4 : 3.
+    searched = 4 * pixels if pixels < 0.75 * COARSE**2 else min(pixels, 0.75 * LONGEST["sift"] ** 2)
+    pairs = min(S * (S - 1) / 2, S * (BY_GEOMETRY + BY_LOOKS + BY_ORDER))
+    dense = min(S * H * W, CANDIDATES * max(DENSE_POINTS, work.points))
+    sparse = 0 if work.refined else min(S * H * W, CANDIDATES * work.points)
     held = n if work.on_disk else S
     return {
         "run": 1,
         "frames": S,
-        "photos": S * work.photo_pixels,
-        "photo": work.photo_pixels,
+        "photos": S * pixels,
+        "photo": pixels,
         "maps": S * H * W,
         "held": held * H * W,
         "tokens": (windows * n + loops * 2 * side) * T,
@@ -109,14 +114,13 @@ def amounts(work: Work) -> dict[str, float]:
         "joints": windows - 1,
         "frame tokens": T,
         "window tokens": n * T,
-        "pairs": pairs if work.refined else 0,
+        "searched photo": searched,
+        "searched photos": S * searched,
+        "whole pairs": S * (S - 1) / 2 if S <= EXHAUSTIVE else 0,  # of all features
+        "pairs": pairs if S > EXHAUSTIVE else 0,  # of the largest
         "all pairs": S**2 if S <= ALL_PAIRS else 0,
-        "refined": float(work.refined),
-        "refined frames": S * work.refined,
-        "refined photo": work.photo_pixels * work.refined,
-        "refined photos": S * work.photo_pixels * work.refined,
-        "candidates": min(S * H * W, most),
-        "sightings": S * min(work.points, S * H * W),
+        "candidates": dense + sparse,
+        "sightings": 0 if work.refined else S * min(work.points, S * H * W),
     }
 
 
@@ -129,6 +133,8 @@ def foresee(work: Work) -> Plan:
     if network is None:
         network, basis = _computed(work), "computed from the size of the network, not measured"
     of, steps = amounts(work), {**steps, **network}
+    if not work.refined:
+        steps = {step: cost for step, cost in steps.items() if step not in OF_PHOTOS}
     seconds = {step: _sum(cost["seconds"], of) for step, cost in steps.items()}
     on_device = network if work.device != "cpu" else steps
     peak = max(_sum(cost["bytes"], of) for cost in on_device.values())
