@@ -129,6 +129,33 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(pair: Path, tmp_path: Path) 
     )
 
 
+def test_a_plan_says_memory_and_seconds_and_refuses_what_cannot_fit(
+    pair: Path, tmp_path: Path
+) -> None:
+    asked = ("reconstruct", pair, "-o", tmp_path / "s", "--model", "mini", "--dry-run")
+    plan = json.loads(vggt(*asked, "--json").stdout)
+    assert (plan["window"], plan["windows"]) == (2, 1)
+    assert 10**8 < plan["peak_memory_bytes"] < 10**10
+    assert plan["total_seconds"] == pytest.approx(sum(plan["seconds"].values()), abs=0.5)
+    words = vggt(*asked).stdout
+    assert "peak memory: " in words
+    assert "find tracks" in words
+    assert "find tracks" not in vggt(*asked, "--refine", "none").stdout
+    refused(vggt(*asked, "--max-memory", "100MB"), 5, "2 images need", "even 2 at a time", "hint:")
+    refused(vggt(*asked, "--max-memory", "plenty"), 2, "no amount of memory: plenty")
+
+
+def test_windows_join_what_the_network_does_not_see_at_once(examples: Path, tmp_path: Path) -> None:
+    run = vggt("reconstruct", examples / "rendered", "-o", tmp_path / "s", "--model", "mini",
+               "--window", 5, "--refine", "none", "--json")  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert len(report["images"]) == 8
+    assert report["windows"]["windows"] >= 2
+    assert all(joint["residual"] < 0.2 for joint in report["windows"]["joints"])
+    assert "frames in" in run.stderr
+
+
 def test_another_resolution_is_allowed_and_warned_about(pair: Path, tmp_path: Path) -> None:
     run = vggt("reconstruct", pair, "-o", tmp_path / "s", "--model", "mini", "--resolution", 96)
     assert run.returncode == 0

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from vggt_cli.errors import GeometryError, InputError, MemoryExceeded, WeightsError
-from vggt_cli.formats import export
+from vggt_cli.formats import export, scene_read
 from vggt_cli.models import weights
 from vggt_cli.models.layers import Outputs
-from vggt_cli.reconstruction import pipeline, predict, sequence, settings
+from vggt_cli.reconstruction import diagnose, pairs, pipeline, plan, predict, sequence, settings
 from vggt_cli.reconstruction.settings import Options
 from vggt_cli.scene import Scene
 
@@ -219,3 +219,30 @@ def test_int8_is_refused_where_it_would_not_run(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("vggt_cli.device.choose", lambda name: torch.device("meta"))
     with pytest.raises(InputError, match="int8 is for CPUs"):
         settings.settle(dataclasses.replace(MINI, precision="int8"))
+
+
+def test_more_frames_than_are_held_lie_on_disk_and_come_out_the_same(
+    examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = dataclasses.replace(MINI, window=5)
+    source = str(examples / "rendered")
+    held = pipeline.reconstruct(source, windows)
+    for module in (plan, pairs, pipeline, diagnose):
+        monkeypatch.setattr(module, "ALL_PAIRS", 3)
+    scene = pipeline.reconstruct(source, windows)
+    assert scene.images.pixels.dtype == scene.prediction.depth.dtype == torch.float16
+    assert held.prediction.depth.dtype == torch.float32
+    assert torch.equal(scene.prediction.depth.float(), held.prediction.depth)
+    assert torch.equal(scene.prediction.cameras.extrinsics, held.prediction.cameras.extrinsics)
+    assert torch.equal((scene.images.pixels.float() * 255).round() / 255, held.images.pixels)
+    assert len(scene.tracks.xyz) == pytest.approx(len(held.tracks.xyz), rel=0.01)
+    export.write(scene, tmp_path / "scene", ("depth", "glb", "nerfstudio"))
+    again = scene_read.read(tmp_path / "scene")
+    assert again.windows == scene.windows
+    assert again.windows["windows"] == held.windows["windows"]
+    auto = pipeline.reconstruct(source, dataclasses.replace(windows, refine="auto"))
+    assert auto.refinement is None
+    assert any("8 images, so the predicted cameras are kept" in said for said in auto.warnings)
+    asked = pipeline.reconstruct(source, dataclasses.replace(windows, refine="ba"))
+    assert asked.refinement is not None
+    assert asked.prediction.depth.dtype == torch.float32
