@@ -83,9 +83,9 @@ BYTES = {
     "predict": ("run", "frame tokens", "window tokens", "held"),
     "find tracks": ("run", "frames", "searched photo", "held"),
     "refine": ("run", "frames", "held"),
-    "fuse": ("run", "candidates", "held"),
-    "diagnose": ("run", "photo", "candidates", "held"),
-    "write": ("run", "photo", "candidates", "held"),
+    "fuse": ("run", "refined", "candidates", "sightings", "held"),
+    "diagnose": ("run", "refined", "photo", "candidates", "held"),
+    "write": ("run", "refined", "photo", "candidates", "held"),
 }
 OF_NETWORK = ("load weights", "predict")
 RUN = """

@@ -103,6 +103,7 @@ def amounts(work: Work) -> dict[str, float]:
     held = n if work.on_disk else S
     return {
         "run": 1,
+        "refined": float(work.refined),  # what refinement loads stays
         "frames": S,
         "photos": S * pixels,
         "photo": pixels,

@@ -91,7 +91,7 @@ class Setting:
             points=options.points,
             window=self.weights.window,
         )
-        memory = options.max_memory or int(plan.SPARE * devices.free_memory(self.device))
+        memory = int(plan.SPARE * (options.max_memory or devices.free_memory(self.device)))
         return plan.fit(work, memory, options.window)
 
 
