@@ -1,7 +1,8 @@
 """A video of a thousand frames through `vggt reconstruct`: seconds, peak memory, how far it drifts.
 
-python benchmarks/long_video.py [FPS]     mini, unrefined; keyframes by motion, or so many a second: 25
-                                          for every frame
+python benchmarks/long_video.py [FPS]
+
+With mini, unrefined; keyframes by motion, or so many a second (25: every frame).
 
 The camera walks around the middle of a rendered place, looking at it: two laps of a circle whose
 radius and height swing.
