@@ -62,8 +62,9 @@ HELD_OUT = [
     (150, (768, 1024), False, 60),
     (400, (768, 768), False, 24),
 ]
-LARGE_SEEN = [(1, 1.0), (2, 1.0), (4, 1.0), (1, 0.5), (4, 0.5), (8, 0.5), (12, 0.5)]
-LARGE_HELD_OUT = [(3, 1.0), (6, 0.5), (3, 0.7)]
+# Photos, and the share of the resolution that the weights were trained at.
+LARGE_SEEN = [(1, 1.0), (2, 1.0), (4, 1.0), (1, 0.5), (4, 0.5), (10, 0.5)]
+LARGE_HELD_OUT = [(3, 1.0), (7, 0.5), (3, 0.7)]
 # What each step's cost may be a sum of.
 SECONDS = {
     "start": ("run",),
@@ -210,7 +211,7 @@ def main(names: list[str]) -> None:
         place = Path(folder)
         originals = place / "rendered"
         originals.mkdir()
-        photographs(48, originals)
+        photographs(12 if names else 44, originals)
         for name in names or ["mini"]:
             model = name
             if names:
