@@ -316,7 +316,8 @@ def test_photos_of_one_transparent_colour_are_1(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on address space")
 def test_out_of_memory_is_5(pair: Path, tmp_path: Path) -> None:
-    arguments = ("-o", tmp_path / "s", "--model", "mini", "--resolution", 1600)
+    # Without --window it would be refused before the work.
+    arguments = ("-o", tmp_path / "s", "--model", "mini", "--resolution", 1600, "--window", 2)
     for gigabytes in (1.5, 2):  # too little for the network; too little for the points
 
         def limit(most: int = int(gigabytes * 2**30)) -> None:

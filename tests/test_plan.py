@@ -37,7 +37,8 @@ def test_amounts_name_all_that_costs_something() -> None:
             assert {*cost["seconds"], *cost["bytes"]} <= {*of}
     assert of["frames"] == 1000
     assert of["photos"] == 12e9
-    assert of["pairs"] == of["all pairs"] == 0
+    assert of["whole pairs"] == of["all pairs"] == 0
+    assert of["pairs"] == 17_000
     tokens = 6 * 9 + plan.SPECIAL
     assert of["window tokens"] == 60 * tokens
     assert of["held"] == 60 * 192 * 288

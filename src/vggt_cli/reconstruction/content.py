@@ -37,6 +37,8 @@ def key(root: Path, paths: Sequence[Path], options: Mapping[str, Any], weights: 
 
 
 def _digest(path: Path) -> str:
+    if not path.is_file():  # a pipe would never end
+        return ""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
