@@ -254,7 +254,8 @@ def test_ten_thousand_frames_take_under_a_minute_and_the_memory_of_a_window() ->
     print(figures)
     assert figures[10_000]["seconds"] < 60  # of processors
     assert figures[10_000]["error"] < 0.15  # metres on ten laps of 40
-    assert figures[10_000]["MiB"] - figures[1000]["MiB"] < 100  # cameras, looks, the graph
+    # Cameras, looks, the graph; and the photos, 25 MiB, which lie in memory here.
+    assert figures[10_000]["MiB"] - figures[1000]["MiB"] < 125
 
 
 def test_what_is_put_on_the_shelf_comes_back() -> None:
