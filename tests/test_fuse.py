@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from wall import EVERYTHING, H, S, W, wall
 
 from vggt_cli.errors import GeometryError
+from vggt_cli.formats import room
 from vggt_cli.geometry import project_tracks, surface_normals, unproject
 from vggt_cli.reconstruction import fuse as fuse_module
 from vggt_cli.reconstruction import trust
@@ -171,7 +172,7 @@ def test_how_many_frames_are_looked_at_at_once_changes_nothing(
 ) -> None:
     options = dataclasses.replace(EVERYTHING, confidence=30)
     whole = fuse(*wall(), options)
-    monkeypatch.setattr(trust, "AT_ONCE", 1)
+    monkeypatch.setattr(room, "AT_ONCE", 1)
     monkeypatch.setattr(fuse_module, "AHEAD", 1)
     monkeypatch.setattr(fuse_module, "IN_CACHE", 7)
     again = fuse(*wall(), options)

@@ -40,10 +40,11 @@ def claimed(folder: Path, locks: Path) -> Iterator[None]:
             f"cannot write: {locks} ({error.strerror or error})",
             hint="set VGGT_HOME to a folder that can be written",
         ) from error
-    with lock:  # released once for each time that it was acquired
-        lock.release()
+    try:
         _clear(there)
         yield
+    finally:
+        lock.release()
 
 
 def _clear(folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vggt_cli.errors import InputError
 from vggt_cli.formats import room
-from vggt_cli.formats.decode import read, upright_sizes
+from vggt_cli.formats.decode import read
 from vggt_cli.formats.files import KINDS, name_in
 from vggt_cli.scene import ImageSet, Photo, Shaping
 
@@ -57,24 +57,22 @@ def load(
     shaping: Shaping,
     progress: Callable[[int], None] = lambda done: None,
     masks: Sequence[Path | None] = (),
-    on_disk: bool = False,
+    on_disk: tuple[int, int] | None = None,
 ) -> Loaded:
     """The images of `paths` as a network takes them; files that cannot be read are left out.
 
     Mixed sizes are padded with white to the largest, centred; padding is not valid.
     progress: called with the number of files decoded so far.
     masks: of each path, see `masks.matching`; what they leave out is not valid.
-    on_disk: pixels lie in a file, as float16, and memory does not grow with them.
+    on_disk: (height, width) of the largest by their headers; then pixels lie in a file, as float16,
+        and memory does not grow with them.
     Raises InputError if no file can be read, or a mask does not fit its photo; OutputError where
     the disk is full.
     """
     unreadable: list[tuple[str, str]] = []
     shape = partial(network_size, shaping=shaping)
     decoded = _decoded_in_turn(root, paths, shape, masks, unreadable, progress)
-    if on_disk:
-        loaded = _to_disk(decoded, len(paths), [shape(size) for size in upright_sizes(paths)])
-    else:
-        loaded = _together(list(decoded))
+    loaded = _to_disk(decoded, len(paths), on_disk) if on_disk else _together(list(decoded))
     if loaded is None:
         reasons = "; ".join(f"{name}: {why}" for name, why in unreadable[:3])
         raise InputError(f"none of {len(paths)} images can be read: {reasons}", hint=KINDS)
@@ -135,10 +133,10 @@ def _together(decoded: Sequence[tuple[Photo, Tensor]]) -> Loaded | None:
 
 
 def _to_disk(
-    decoded: Iterator[tuple[Photo, Tensor]], count: int, sizes: Sequence[tuple[int, int]]
+    decoded: Iterator[tuple[Photo, Tensor]], count: int, size: tuple[int, int]
 ) -> Loaded | None:
-    """The same, as it comes; at most `count` photos, padded to the largest of `sizes`."""
-    H, W = (max(size[axis] for size in sizes) for axis in (0, 1))
+    """The same, as it comes; at most `count` photos, padded to `size`."""
+    H, W = size
     pixels = room.on_disk((count, 3, H, W), torch.float16)
     valid = room.on_disk((count, H, W), torch.bool)
     photos, maps = [], []

@@ -12,7 +12,7 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vggt_cli.errors import OutputError
 
+AT_ONCE = 32  # frames that are read at a time
 _pages: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
@@ -48,6 +49,17 @@ def let_go() -> None:
     for pages in list(_pages):
         if hasattr(mmap, "MADV_DONTNEED"):
             pages.madvise(mmap.MADV_DONTNEED)
+
+
+def chunks(frames: Sized, most: int | None = None) -> Iterator[slice]:
+    """`most` frames after the other; what was read of them on disk is let go of in between.
+
+    most: None: AT_ONCE.
+    """
+    most = most or AT_ONCE
+    for start in range(0, len(frames), most):
+        yield slice(start, min(start + most, len(frames)))
+        let_go()
 
 
 def folder() -> Path:

@@ -6,7 +6,6 @@ Works frame by frame, so that memory grows with the points that are kept and not
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor
 from vggt_cli.device import one_thread_each
 from vggt_cli.formats import room
 from vggt_cli.geometry import keep_points, project, surface_normals, unproject
-from vggt_cli.reconstruction.trust import chunks, confident_pixels, marked
+from vggt_cli.reconstruction.trust import confident_pixels, marked
 from vggt_cli.scene import ImageSet, PointCloud, Prediction, Tracks
 
 log = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ def _candidates(
     pool: ThreadPoolExecutor,
 ) -> _Seeds:
     """Seeds at trusted pixels of all frames, at most about CANDIDATES for each point allowed."""
-    trusted = sum(int((marks[some] == 2).sum()) for some in chunks(prediction))
+    trusted = sum(int((marks[some] == 2).sum()) for some in room.chunks(prediction))
     share = CANDIDATES * options.points / trusted
     random = torch.Generator().manual_seed(options.seed)
 
@@ -98,7 +97,8 @@ def _candidates(
         return pixel[torch.rand(len(pixel), generator=random) < share] if share < 1 else pixel
 
     parts: list[_Seeds] = []
-    for frames in _ahead(prediction):
+    for some in room.chunks(prediction, AHEAD):
+        frames = range(some.start, some.stop)
         pixels = [chosen(frame) for frame in frames]  # in order: random numbers are
         parts += pool.map(partial(_seeds_of_frame, prediction, images), frames, pixels)
     clouds = [part.cloud for part in parts]
@@ -127,13 +127,6 @@ def _seeds_of_frame(prediction: Prediction, images: ImageSet, frame: int, pixel:
         torch.full_like(pixel, frame),
         pixel,
     )
-
-
-def _ahead(frames: Sized) -> Iterator[range]:
-    """AHEAD frames after the other, for threads."""
-    for start in range(0, len(frames), AHEAD):
-        yield range(start, min(len(frames), start + AHEAD))
-        room.let_go()
 
 
 def _thin_out(seeds: _Seeds, budget: int, pool: ThreadPoolExecutor) -> _Seeds:
@@ -246,8 +239,8 @@ def _observe(
     against = torch.zeros(n, dtype=torch.int32)
     total, weight = torch.zeros(n, 3, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
     look = partial(_sighting, seeds, prediction, marks)
-    for frames in _ahead(prediction):
-        for seen in pool.map(look, frames, own[frames.start : frames.stop]):
+    for some in room.chunks(prediction, AHEAD):
+        for seen in pool.map(look, range(some.start, some.stop), own[some]):
             against[seen.against] += 1
             total[seen.point] += seen.confidence[:, None] * seen.xyz
             weight[seen.point] += seen.confidence

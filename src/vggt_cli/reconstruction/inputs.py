@@ -64,7 +64,11 @@ def gather(root: Path, paths: list[Path], options: InputOptions, progress: Progr
 
 
 def read(
-    sources: Sources, shaping: Shaping, on_disk: bool, strict: bool, progress: Progress
+    sources: Sources,
+    shaping: Shaping,
+    on_disk: tuple[int, int] | None,
+    strict: bool,
+    progress: Progress,
 ) -> images.Loaded:
     """The photos at the network's size; with `on_disk` see `images.load`.
 

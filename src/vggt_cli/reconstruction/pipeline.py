@@ -57,7 +57,8 @@ def reconstruct(
         sources = inputs.gather(root, paths, options.inputs, progress)
         sizes = decode.upright_sizes(sources.paths)
         work = setting.plan(options, sizes, len(sources.paths)).work
-        loaded = inputs.read(sources, setting.shaping, work.on_disk, options.strict, progress)
+        size = work.size if work.on_disk else None
+        loaded = inputs.read(sources, setting.shaping, size, options.strict, progress)
     warnings = [*setting.warnings, *sources.warnings, *_unrefined(work, options)]
     stages.work = f"{len(loaded.images)} images of {decode.words(loaded.images.size)}"
     group, prior = camera_groups(loaded.photos, options.camera), _prior(options, loaded)

@@ -128,12 +128,11 @@ def amounts(work: Work) -> dict[str, float]:
 def foresee(work: Work) -> Plan:
     """What the work takes as it stands."""
     known = costs()
-    steps = dict(known["steps"])
     network = known["networks"].get(f"{work.config} {work.device} {work.dtype}")
     basis = f"measured on {known['machine']}"
     if network is None:
         network, basis = _computed(work), "computed from the size of the network, not measured"
-    of, steps = amounts(work), {**steps, **network}
+    of, steps = amounts(work), {**known["steps"], **network}
     if not work.refined:
         steps = {step: cost for step, cost in steps.items() if step not in OF_PHOTOS}
     seconds = {step: _sum(cost["seconds"], of) for step, cost in steps.items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 from vggt_cli import device as devices
 from vggt_cli.errors import MemoryExceeded
+from vggt_cli.formats import room
 from vggt_cli.models.networks import Network
 from vggt_cli.reconstruction import loops, plan, windows
 from vggt_cli.reconstruction.predict import predict
@@ -54,7 +55,7 @@ def _in_windows(
     most = work.window
     if len(images) <= most:
         return predict(network, windows.exact(images)), None
-    looks = loops.descriptors((some, None) for some in windows.chunks(images))
+    looks = loops.descriptors((images[some], None) for some in room.chunks(images))
     if windows.follows(looks):
         parts = windows.in_order(len(images), most, most // 2)
     else:

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vggt_cli.formats.room import let_go, on_disk
+from vggt_cli.formats.room import chunks, let_go, on_disk
 from vggt_cli.geometry import move
 from vggt_cli.scene import Cameras, ImageSet, Prediction, Similarity
 
 HALF = torch.finfo(torch.float16).max
-AT_ONCE = 64  # frames read at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +52,9 @@ class Shelf:
         )
 
     def chunks(self, images: ImageSet) -> Iterator[tuple[ImageSet, Tensor | None]]:
-        """All frames and their tokens in order, AT_ONCE at a time."""
-        for start in range(0, len(images), AT_ONCE):
-            some = slice(start, start + AT_ONCE)
+        """All frames and their tokens in order, few at a time."""
+        for some in chunks(images):
             yield images[some], None if self.all.tokens is None else self.all.tokens[some]
-            let_go()
 
     def place(self, poses: Sequence[Similarity], owner: Tensor) -> None:
         """Moves every frame into the common world, of which `poses[owner[frame]]` are the way."""

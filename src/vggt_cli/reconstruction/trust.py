@@ -5,8 +5,6 @@ Works frames at a time, of maps that may lie on disk in float16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,6 @@ from vggt_cli.formats import room
 from vggt_cli.scene import ImageSet, Prediction
 
 DEPTH_EDGE = 0.03  # of the depth, within 3 x 3 pixels (spec vggt_omega section 8)
-AT_ONCE = 32  # frames
 SAMPLED = 20_000_000  # values of confidence for a percentile; of fewer all
 USUAL_OF = 200  # frames that tell how rough depth usually is; of fewer all
 
@@ -27,7 +24,7 @@ def confident_pixels(prediction: Prediction, images: ImageSet, percent: float) -
     """
     short = prediction.depth.dtype == torch.float16  # on disk, and so is this
     usable = (room.on_disk if short else torch.empty)(prediction.depth.shape, dtype=torch.bool)
-    for some in chunks(prediction):
+    for some in room.chunks(prediction):
         depth, confidence = prediction.depth[some], prediction.confidence[some]
         usable[some] = images.valid[some] & depth.isfinite() & (depth > 0) & confidence.isfinite()
     step = usable.numel() // SAMPLED | 1  # odd: no column is left out
@@ -42,16 +39,9 @@ def confident_pixels(prediction: Prediction, images: ImageSet, percent: float) -
         )
     rank = min(int(len(of_usable) * percent / 100), len(of_usable) - 1)
     threshold = of_usable.kthvalue(rank + 1).values
-    for some in chunks(prediction):
+    for some in room.chunks(prediction):
         usable[some] &= prediction.confidence[some] >= threshold
     return usable
-
-
-def chunks(frames: Sized) -> Iterator[slice]:
-    """AT_ONCE frames after the other: thousands may lie on disk."""
-    for start in range(0, len(frames), AT_ONCE):
-        yield slice(start, start + AT_ONCE)
-        room.let_go()
 
 
 def depth_edges(depth: Tensor, valid: Tensor) -> Tensor:
@@ -63,7 +53,7 @@ def depth_edges(depth: Tensor, valid: Tensor) -> Tensor:
     """
     limit = _edge_limit(depth, valid)
     edges = torch.empty(depth.shape, dtype=torch.bool)
-    for some in chunks(depth):
+    for some in room.chunks(depth):
         edges[some] = _varies(depth[some]) > limit
     return edges
 
@@ -100,6 +90,6 @@ def marked(prediction: Prediction, confident: Tensor) -> Tensor:
     """
     limit = _edge_limit(prediction.depth, confident)
     marks = confident.view(torch.uint8)
-    for some in chunks(prediction):
+    for some in room.chunks(prediction):
         marks[some] *= 2 - (_varies(prediction.depth[some]) > limit).byte()
     return marks

@@ -20,7 +20,7 @@ from vggt_cli.geometry import move_prediction
 from vggt_cli.reconstruction import graph, loops
 from vggt_cli.reconstruction.graph import Link
 from vggt_cli.reconstruction.join import join, through
-from vggt_cli.reconstruction.shelf import AT_ONCE, Shelf
+from vggt_cli.reconstruction.shelf import Shelf
 from vggt_cli.scene import ImageSet, Prediction, Similarity
 
 log = logging.getLogger(__name__)
@@ -159,13 +159,6 @@ def predict_windows(
     shelf.place(poses, owner)
     room.let_go()
     return Joined(shelf.all, _drift(images.names, links, found, start, poses))
-
-
-def chunks(images: ImageSet) -> Iterator[ImageSet]:
-    """All frames in order, few at a time."""
-    for start in range(0, len(images), AT_ONCE):
-        yield images[start : start + AT_ONCE]
-        room.let_go()
 
 
 def exact(images: ImageSet) -> ImageSet:
