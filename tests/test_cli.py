@@ -156,6 +156,15 @@ def test_windows_join_what_the_network_does_not_see_at_once(examples: Path, tmp_
     assert "frames in" in run.stderr
 
 
+def test_numbers_of_another_kind_and_fewer_keys_are_as_asked(pair: Path, tmp_path: Path) -> None:
+    run = vggt("reconstruct", pair, "-o", tmp_path / "s", "--model", "mini", "--refine", "none",
+               "--precision", "int8", "--fewer-keys", "--json")  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert report["dtype"] == "int8"
+    assert report["options"]["fewer_keys"] is True
+
+
 def test_another_resolution_is_allowed_and_warned_about(pair: Path, tmp_path: Path) -> None:
     run = vggt("reconstruct", pair, "-o", tmp_path / "s", "--model", "mini", "--resolution", 96)
     assert run.returncode == 0
