@@ -1,7 +1,7 @@
 """Measures what each step of a run costs here, and writes the constants that plans are made of.
 
 python benchmarks/calibrate.py            mini, and all steps that no network changes
-python benchmarks/calibrate.py NAME...    networks of the published sizes, with filled weights
+python benchmarks/calibrate.py NAME...    published networks (vggt weights list), filled with numbers
 
 Runs whole reconstructions of rendered photos in processes of their own, fits the constants of
 `plan.amounts` to the seconds and the peak memory of each step, and says how far they are off on
@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy.optimize import nnls
 
-from vggt_cli.models import checkpoint
+from vggt_cli.models import catalog, checkpoint
 from vggt_cli.models.networks import CONFIGS
 from vggt_cli.models.weights import identify
 from vggt_cli.reconstruction import plan
@@ -119,14 +119,18 @@ said("write", 1, 1)
 
 
 def measured(
-    source: Path, options: dict[str, Any], last: str
+    source: Path, options: dict[str, Any], last: str, home: Path | None = None
 ) -> tuple[Work, dict[str, dict[str, float]]]:
-    """The work of one run in a process of its own, and seconds and peak bytes of its steps."""
+    """The work of one run in a process of its own, and seconds and peak bytes of its steps.
+
+    home: where hashes and features are kept; None: nothing was kept.
+    """
     with tempfile.TemporaryDirectory() as place:
         begun = time.perf_counter()
         run = subprocess.run(
             [sys.executable, "-c", RUN, source, f"{place}/scene", json.dumps(options), last],
-            capture_output=True, text=True, check=False, env={**os.environ, "VGGT_HOME": place},
+            capture_output=True, text=True, check=False,
+            env={**os.environ, "VGGT_HOME": str(home or place)},
         )  # fmt: skip
         took = time.perf_counter() - begun
     assert run.returncode == 0, run.stderr[-2000:]
@@ -216,8 +220,12 @@ def main(names: list[str]) -> None:
             model = name
             if names:
                 model = str(place / f"{name}.safetensors")
-                shapes = checkpoint.shapes(CONFIGS[name])
-                save_file({k: values(k, v).float() for k, v in shapes.items()}, model)
+                shapes = checkpoint.shapes(CONFIGS[catalog.entry(name).config])
+                filled = {k: values(k, v).float() for k, v in shapes.items()}
+                save_file(filled, model, metadata={"weights": name})
+                del filled
+                # Hashed once, as a file of weights is on every machine.
+                measured(originals, {"model": model, "refine": "none"}, "load weights", place)
             seen, unseen = (_runs(model, which, originals, place) for which in (True, False))
             _learn(costs, seen, bool(names))
             COSTS.write_text(json.dumps(costs, indent=1) + "\n")
@@ -243,6 +251,7 @@ def _runs(model: str, seen: bool, originals: Path, place: Path) -> Runs:
             folder_of(originals, n, size, place),
             {"model": model, **options},
             "write" if model == "mini" else "predict",
+            None if model == "mini" else place,
         )
         for n, size, options in sets
     ]

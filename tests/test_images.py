@@ -5,7 +5,7 @@ import io
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -102,6 +102,14 @@ def test_golden_preprocessing_of_omega(shared: Path) -> None:
                 shaping = Shaping(modes[mode], int(resolution), int(patch))  # type: ignore[arg-type]
                 ours = images.network_size((bottom - top, right - left), shaping)
                 assert list(ours) == size, (row, key)
+
+
+@pytest.mark.parametrize("mode", ["longer-side", "balanced"])
+def test_any_resolution_becomes_whole_patches(mode: Literal["longer-side", "balanced"]) -> None:
+    for size in ((600, 800), (800, 600)):
+        h, w = images.network_size(size, Shaping(mode, 300, 14))
+        assert (h % 14, w % 14) == (0, 0)
+        assert max(h, w) == pytest.approx(300 if mode == "longer-side" else 346, abs=14)
 
 
 def vggt_case(case: dict[str, Any], image: Image.Image) -> Tensor:

@@ -46,9 +46,10 @@ def network_size(size: tuple[int, int], shaping: Shaping) -> tuple[int, int]:
         patches = (resolution / p) ** 2
         columns = math.sqrt(patches / (H / W))
         return max(1, round(patches / columns)) * p, max(1, round(columns)) * p
+    longer = max(1, round(resolution / p)) * p  # --resolution may be any number
     if W >= H:
-        return max(1, round(H * (resolution / W) / p)) * p, resolution
-    return resolution, max(1, round(W * (resolution / H) / p)) * p
+        return max(1, round(H * (longer / W) / p)) * p, longer
+    return longer, max(1, round(W * (longer / H) / p)) * p
 
 
 def load(
