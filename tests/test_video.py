@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from vggt_cli.errors import InputError, OutputError
-from vggt_cli.formats import export, files, scene_read, video
+from vggt_cli.formats import export, files, motion, scene_read, video
 from vggt_cli.reconstruction import pipeline
 from vggt_cli.reconstruction.settings import Options
 from vggt_cli.scene import Frame
@@ -58,8 +58,8 @@ def test_keyframes_lie_a_step_of_the_view_apart_however_fast_it_moves(tmp_path: 
     at = [*slow, *[150.0] * 20, *fast]  # the camera rests between
     found = chosen(film(tmp_path / "pan.mp4", at))
     steps = [abs(at[b] - at[a]) / DIAGONAL for a, b in itertools.pairwise(found)]
-    assert min(steps[:-1]) > 0.4 * video.STEP
-    assert max(steps) < 1.5 * video.STEP
+    assert min(steps[:-1]) > 0.4 * motion.STEP
+    assert max(steps) < 1.5 * motion.STEP
     assert sum(50 <= number < 70 for number in found) <= 1
 
 

@@ -26,6 +26,7 @@ from vggt_cli.reconstruction.predict import predict
 from vggt_cli.reconstruction.shelf import Shelf
 from vggt_cli.reconstruction.windows import (
     Joined,
+    between,
     by_looks,
     follows,
     in_order,
@@ -68,6 +69,22 @@ def test_windows_along_a_sequence_cover_it_and_overlap() -> None:
     assert in_order(30, 30, 10) == [list(range(30))]
     assert in_order(31, 30, 10) == [list(range(30)), list(range(1, 31))]
     assert in_order(5, 30, 10) == [list(range(5))]
+
+
+def test_windows_between_keyframes_hold_the_rest_once_and_the_keyframes_around_it() -> None:
+    main = list(range(0, 100, 7))
+    windows = between(100, main, 16, 6)
+    rest = [frame for window in windows for frame in window if frame not in main]
+    assert rest == [frame for frame in range(100) if frame not in main]
+    for window in windows:
+        around = [frame for frame in window if frame in main]
+        inside = [frame for frame in window if frame not in main]
+        assert len(around) == 6
+        assert len(inside) <= 10
+        assert min(around) < min(inside)
+        assert max(around) > max(inside) or max(main) < max(inside)
+    assert between(100, list(range(100)), 16, 6) == []
+    assert between(6, [0, 3], 4, 3) == [[0, 1, 3], [0, 2, 3], [0, 3, 4], [0, 3, 5]]
 
 
 @pytest.mark.parametrize("tokens", [True, False])
@@ -154,6 +171,29 @@ def test_a_loop_of_300_frames_closes(tokens: bool, monkeypatch: pytest.MonkeyPat
     ends = [x for x in found if abs(int(x["images"][0]) - int(x["images"][1])) > 250]
     assert ends
     assert all(x["after"]["distance"] < 0.3 * x["before"]["distance"] for x in ends)
+
+
+def test_keyframes_first_drift_less_than_frames_in_a_row() -> None:
+    network = StandIn(300, lap=400)
+    keyframes = list(range(0, 300, 6))
+    main = [[keyframes[k] for k in part] for part in in_order(len(keyframes), 16, 8)]
+    parts = main + between(300, keyframes, 16, 8)
+    result = predict_windows(network, everything(network), parts, main=len(main))
+    error = trajectory_error(network, result.prediction.cameras)
+    in_a_row = trajectory_error(network, joined(network, 16).prediction.cameras)
+    print(f"error {error:.3f} m with keyframes first, {in_a_row:.3f} in a row")
+    assert error < 0.5 * in_a_row
+
+
+def test_loops_are_sought_among_the_first_windows_alone() -> None:
+    network = StandIn(300, lap=150)
+    keyframes = list(range(0, 300, 5))
+    main = [[keyframes[k] for k in part] for part in in_order(len(keyframes), 12, 6)]
+    parts = main + between(300, keyframes, 12, 6)
+    result = predict_windows(network, everything(network), parts, main=len(main))
+    ends = [int(name) for loop in result.drift["loops"] for name in loop["images"]]
+    assert ends
+    assert set(ends) <= set(keyframes)
 
 
 def test_frames_that_only_look_alike_close_no_loop(monkeypatch: pytest.MonkeyPatch) -> None:

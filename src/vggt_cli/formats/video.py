@@ -18,6 +18,7 @@ from PIL import Image
 from vggt_cli.errors import InputError, OutputError
 from vggt_cli.formats.files import name_in
 from vggt_cli.formats.headers import most_pixels
+from vggt_cli.formats.motion import BLOCK, LONGEST, STEP, Since, View
 from vggt_cli.scene import Frame
 
 if TYPE_CHECKING:  # an extra, and slow to load
@@ -25,15 +26,11 @@ if TYPE_CHECKING:  # an extra, and slow to load
 
 log = logging.getLogger(__name__)
 
-STEP = 0.08  # of the picture's diagonal: how far the view moves from one keyframe to the next
-SPACING = 0.2  # seconds between keyframes, at least, however fast the view moves
+SPACING = 0.1  # seconds between keyframes, at least, however fast the view moves
 LOOKS = 30  # frames a second that are looked at, at most
-LONGEST = 640  # pixels at which sharpness is measured; motion at a quarter of it
-BLOCK = 48  # pixels: side of the squares whose shift is measured, up to half of it
-SURE = 0.12  # height of a correlation's peak; noise reaches 0.08
+FINER = 4  # times as many pixels as for motion is sharpness measured at
 # Containers of one file: a playlist that calls itself .mp4 would open others, by any protocol.
 CONTAINERS = "avi,matroska,mov,mpeg,mpegts,webm"
-Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
 
 class Look(NamedTuple):
@@ -43,7 +40,7 @@ class Look(NamedTuple):
     seconds: float
     frame: av.VideoFrame
     sharpness: float
-    spectra: Array  # [n, BLOCK, BLOCK] complex, of the squares of the picture
+    view: View
 
 
 class _Folder:
@@ -152,19 +149,20 @@ def by_motion(looks: Iterable[Look]) -> Iterator[Look]:
     best: Look | None = None
     opening = True
     for look in looks:
-        reference = reference or look
-        moved = motion(reference, look)
+        if reference is None:
+            reference, since = look, Since(look.view)
+        moved = since.moved(look.view)
         if opening and best and moved >= STEP / 2:
             yield best
-            reference, best, opening = best, None, False
-            moved = motion(reference, look)
+            reference, since, best, opening = best, Since(best.view), None, False
+            moved = since.moved(look.view)
         if not opening and look.seconds - reference.seconds < SPACING:
             continue
         if opening or moved >= STEP / 2:
             best = _sharper(best, look)
         if not opening and best and moved >= STEP:
             yield best
-            reference, best = best, None
+            reference, since, best = best, Since(best.view), None
     # What is left at the end had no choice: it may be blurred.
     if best and reference and (opening or best.sharpness > reference.sharpness / 2):
         yield best
@@ -189,39 +187,19 @@ def _sharper(best: Look | None, look: Look) -> Look:
     return look if best is None or look.sharpness > best.sharpness else best
 
 
-def motion(first: Look, second: Look) -> float:
-    """How far the view has moved, in diagonals of the picture; infinite where nothing is alike.
-
-    The median over squares of the shift that phase correlation finds in each.
-    Source: Kuglin and Hines, The phase correlation image alignment method, 1975.
-    """
-    if first.spectra.shape != second.spectra.shape:
-        return math.inf
-    cross = first.spectra.conj() * second.spectra
-    peaks = np.fft.ifft2(cross / np.maximum(np.abs(cross), 1e-6)).real.reshape(len(cross), -1)
-    where, sure = peaks.argmax(1), peaks.max(1) > SURE
-    if sure.mean() < 0.25:
-        return math.inf
-    shifts = np.stack(np.unravel_index(where[sure], (BLOCK, BLOCK)), 1)
-    shifts = (shifts + BLOCK // 2) % BLOCK - BLOCK // 2
-    diagonal = math.hypot(LONGEST, LONGEST * second.frame.height / second.frame.width) / 4
-    return float(np.median(np.hypot(*shifts.T)) / diagonal)
-
-
 def _look(frame: av.VideoFrame, number: int, seconds: float, scaled: Any) -> Look:
-    """Sharpness of the frame, the mean square of its Laplacian, and the spectra of its squares."""
-    scale = LONGEST / max(frame.width, frame.height)
-    w, h = (max(4 * BLOCK, round(side * scale)) // 4 * 4 for side in (frame.width, frame.height))
+    """The frame with its view and its sharpness: the mean square of its Laplacian."""
+    scale = FINER * LONGEST / max(frame.width, frame.height)
+    w, h = (
+        max(FINER * BLOCK, round(side * scale)) // FINER * FINER
+        for side in (frame.width, frame.height)
+    )
     gray = scaled(frame, w, h, "gray", threads=1).to_ndarray().astype(np.float32)
     inner = gray[1:-1, 1:-1]
     around = gray[:-2, 1:-1] + gray[2:, 1:-1] + gray[1:-1, :-2] + gray[1:-1, 2:]
-    small = gray.reshape(h // 4, 4, w // 4, 4).mean((1, 3))
-    corners = [np.linspace(0, side - BLOCK, -(-side // BLOCK)).astype(int) for side in small.shape]
-    squares = [small[y : y + BLOCK, x : x + BLOCK] for y in corners[0] for x in corners[1]]
-    window = np.hanning(BLOCK)[:, None] * np.hanning(BLOCK)
-    centred = np.stack([square - square.mean() for square in squares]) * window
+    small = gray.reshape(h // FINER, FINER, w // FINER, FINER).mean((1, 3))
     sharpness = float(np.square(around - 4 * inner).mean())
-    return Look(number, seconds, frame, sharpness, np.fft.fft2(centred))
+    return Look(number, seconds, frame, sharpness, View.of(small))
 
 
 def _looks(path: Path, most: float, progress: Callable[[int, int], None]) -> Iterator[Look]:

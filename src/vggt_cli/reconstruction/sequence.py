@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from torch.nn import functional as F
+
 from vggt_cli import device as devices
 from vggt_cli.errors import MemoryExceeded
-from vggt_cli.formats import room
+from vggt_cli.formats import motion, room
 from vggt_cli.models.networks import Network
 from vggt_cli.reconstruction import loops, plan, windows
 from vggt_cli.reconstruction.predict import predict
@@ -18,6 +21,7 @@ from vggt_cli.scene import ImageSet, Prediction
 
 log = logging.getLogger(__name__)
 
+KEYFRAMES = 3  # at least: of fewer, windows would share too little
 Predicted = tuple[Prediction, dict[str, Any] | None]
 
 
@@ -55,14 +59,38 @@ def _in_windows(
     most = work.window
     if len(images) <= most:
         return predict(network, windows.exact(images)), None
-    looks = loops.descriptors((images[some], None) for some in room.chunks(images))
-    if windows.follows(looks):
-        parts = windows.in_order(len(images), most, most // 2)
-    else:
-        parts = windows.by_looks(looks, most, most // 2)
+    parts, main = _parts(images, most)
     log.info("%d frames in %d windows of %d", len(images), len(parts), most)
     said = partial(progress, "predict")
-    joined = windows.predict_windows(partial(predict, network), images, parts, said)
+    joined = windows.predict_windows(partial(predict, network), images, parts, said, main)
     if work.on_disk:
         return joined.prediction, joined.drift
     return joined.in_memory, joined.drift
+
+
+def _parts(images: ImageSet, most: int) -> tuple[list[list[int]], int]:
+    """Windows of at most `most` frames, and how many of the first have loops.
+
+    Of a sequence first windows of its keyframes: frames in a row that are all but the same have
+    too short a baseline. Then the frames between them, each with the keyframes around it.
+    """
+    half = most // 2
+    looks = loops.descriptors((images[some], None) for some in room.chunks(images))
+    if not windows.follows(looks):
+        parts = windows.by_looks(looks, most, half)
+        return parts, len(parts)
+    keyframes = motion.keyframes(_views(images))
+    if len(keyframes) < KEYFRAMES:
+        keyframes = list(range(len(images)))
+    parts = [[keyframes[k] for k in part] for part in windows.in_order(len(keyframes), most, half)]
+    return parts + windows.between(len(images), keyframes, most, half), len(parts)
+
+
+def _views(images: ImageSet) -> Iterator[motion.View]:
+    H, W = images.size
+    scale = motion.LONGEST / max(H, W)
+    small = tuple(max(motion.BLOCK, round(side * scale)) for side in (H, W))
+    for some in room.chunks(images):
+        gray = images.pixels[some].float().mean(1, keepdim=True)
+        for one in F.interpolate(gray, small, mode="area")[:, 0].numpy():
+            yield motion.View.of(one)

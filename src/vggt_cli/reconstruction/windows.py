@@ -79,6 +79,21 @@ def in_order(count: int, size: int, overlap: int) -> list[list[int]]:
     return [list(range(begin, min(begin + size, count))) for begin in begins]
 
 
+def between(count: int, main: Sequence[int], size: int, overlap: int) -> list[list[int]]:
+    """Windows that hold the frames of a sequence that `main` lacks, and the nearest of `main`.
+
+    Each has at most size - overlap of the former and `overlap` of the latter.
+    """
+    assert 0 < overlap < size, (overlap, size)
+    missing = sorted({*range(count)} - {*main})
+    windows = []
+    for start in range(0, len(missing), size - overlap):
+        some = missing[start : start + size - overlap]
+        near = sorted(main, key=lambda frame: abs(2 * frame - some[0] - some[-1]))
+        windows.append(sorted(some + near[:overlap]))
+    return windows
+
+
 def by_looks(vectors: Tensor, size: int, overlap: int) -> list[list[int]]:
     """Windows of at most `size` frames that look alike, whatever their order.
 
@@ -128,12 +143,14 @@ def predict_windows(
     images: ImageSet,
     windows: Sequence[list[int]],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    main: int | None = None,
 ) -> Joined:
     """All frames of `windows` in the world of frame 0; memory of one window.
 
     Every window but the first holds frames of earlier ones. Loops are found by looks, confirmed
     by predicting frames of both sides together, and closed by `graph.solve`.
-    images: of all frames, perhaps on disk. progress: windows done, of all.
+    images: of all frames, perhaps on disk. progress: windows done, of all. main: so many of the
+    first windows have loops; None: all.
     Raises GeometryError if `predict` does; OutputError where the disk is full.
     """
     assert windows[0][0] == 0, windows[0][:3]
@@ -152,7 +169,8 @@ def predict_windows(
         progress(number + 1, len(windows))
     assert shelf is not None
     assert (owner >= 0).all(), "a frame is in no window"
-    found = _loops(predict, images, shelf, owner, links) if len(windows) > 1 else []
+    main = len(windows) if main is None else main
+    found = _loops(predict, images, shelf, owner, links, main) if main > 1 else []
     start = graph.chain(len(windows), links)
     poses = graph.solve(start, links + found)
     log.info("%d windows, %d loops closed", len(windows), len(found))
@@ -188,20 +206,25 @@ def _links(
 
 
 def _loops(
-    predict: Predict, images: ImageSet, shelf: Shelf, owner: Tensor, links: Sequence[Link]
+    predict: Predict,
+    images: ImageSet,
+    shelf: Shelf,
+    owner: Tensor,
+    links: Sequence[Link],
+    main: int,
 ) -> list[Link]:
-    """Links between far windows that the network confirms."""
-    count = links[-1].second + 1
+    """Links between far windows, among the first `main`, that the network confirms."""
+    seen = (owner < main).nonzero()[:, 0]
     side = min(LOOP_SIDE, int(owner.bincount().max()) // 2)  # no more frames than a window has
     usual = float(torch.tensor([link.joint.residual for link in links]).median())
     pairs = loops.candidates(
-        loops.descriptors(shelf.chunks(images)),
-        owner,
-        graph.hops(count, links),
-        int(LOOPS * count) + 1,
+        loops.descriptors(shelf.chunks(images))[seen],
+        owner[seen],
+        graph.hops(links[-1].second + 1, links),
+        int(LOOPS * main) + 1,
     )
     found = []
-    for i, j in pairs:
+    for i, j in seen[torch.tensor(pairs, dtype=torch.long).view(-1, 2)].tolist():
         sides = [_around(frame, owner, side) for frame in (i, j)]
         both = exact(images[sides[0] + sides[1]])
         prediction = predict(both)
