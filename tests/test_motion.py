@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 from PIL import Image, ImageFilter
 
 from vggt_cli.formats.motion import HOP, STEP, Array, Since, View, keyframes
@@ -11,20 +12,20 @@ H, W = 120, 160
 DIAGONAL = math.hypot(H, W)
 
 
-def wall(seed: int = 0) -> Array:
+def wall(seed: int = 0, grain: float = 8) -> Array:
     """A texture much larger than what is seen of it."""
     random = np.random.default_rng(seed)
     noise = random.integers(0, 255, (60, 200), dtype=np.uint8)
     blurred = Image.fromarray(noise).resize((800, 240), Image.Resampling.BICUBIC)
-    return np.asarray(blurred, np.float32) + random.normal(0, 8, (240, 800)).astype(np.float32)
+    return np.asarray(blurred, np.float32) + random.normal(0, grain, (240, 800)).astype(np.float32)
 
 
-WALL = wall()
+WALL, SMOOTH = wall(), wall(grain=0)
 
 
-def seen(x: float, y: float = 40) -> View:
+def seen(x: float, y: float = 40, of: Array = WALL) -> View:
     """The wall from `x`, `y` on, whole pixels."""
-    return View.of(WALL[round(y) : round(y) + H, round(x) : round(x) + W])
+    return View.of(of[round(y) : round(y) + H, round(x) : round(x) + W])
 
 
 def passing(x: int) -> View:
@@ -47,10 +48,11 @@ def test_small_steps_add_up_beyond_what_can_be_seen_at_once() -> None:
     assert max(np.abs(np.array(far) * DIAGONAL - np.arange(201))) < 10
 
 
-def test_keyframes_lie_a_step_apart_however_fast_the_view_moves() -> None:
+@pytest.mark.parametrize("of", [WALL, SMOOTH])
+def test_keyframes_lie_a_step_apart_however_fast_the_view_moves(of: Array) -> None:
     for pixels in (1, 2, 5):
         places = list(range(0, 400, pixels))
-        found = [places[k] for k in keyframes(seen(x) for x in places)]
+        found = [places[k] for k in keyframes(seen(x, of=of) for x in places)]
         steps = np.diff(found) / DIAGONAL
         assert found[0] == 0
         assert steps.min() > 0.9 * STEP
@@ -69,11 +71,21 @@ def test_an_orbit_moves_though_the_middle_of_its_view_does_not() -> None:
     assert 8 <= len(found) <= 14  # 100 pixels are twelve steps
 
 
-def test_a_cut_is_a_keyframe_and_what_follows_is_measured_from_there() -> None:
-    other = wall(1)
-    views = [seen(100)] * 5 + [View.of(other[40 : 40 + H, 100 : 100 + W])] * 5
-    assert keyframes(views) == [0, 5]
+@pytest.mark.parametrize("grain", [8, 0])
+def test_a_cut_is_a_keyframe_and_what_follows_is_measured_from_there(grain: float) -> None:
+    first, second = wall(0, grain), wall(1, grain)
+    views = [seen(100, of=first)] * 5 + [seen(100 + x, of=second) for x in range(12)]
+    assert keyframes(views) == [0, 5, 15]
     assert Since(views[0]).moved(views[5]) == math.inf
+
+
+def test_what_shows_nothing_neither_moves_nor_holds_others_back() -> None:
+    ceiling = np.tile(np.linspace(200, 201, W, dtype=np.float32), (70, 1))
+    below = [np.concatenate([ceiling, WALL[100:150, x : x + W]]) for x in range(0, 60)]
+    found = keyframes(View.of(picture) for picture in below)
+    assert len(found) == 6  # 59 pixels
+    black = View.of(np.zeros((H, W), np.float32))
+    assert keyframes([black] * 5 + [seen(0)] * 5) == [0, 5]
 
 
 def test_what_is_not_found_moves_with_the_rest() -> None:

@@ -13,10 +13,15 @@ STEP = 0.05  # of the picture's diagonal: how far the view moves from one keyfra
 HOP = 0.02  # of it: shifts are measured over no more, as squares that change are not found again
 LONGEST = 160  # pixels of the longer side at which shifts are measured
 BLOCK = 48  # pixels: side of the squares whose shift is measured, up to half of it
-SURE = 0.12  # height of a correlation's peak; noise reaches 0.08
+PLAIN = 2.0  # grey levels: a square that varies by less says nothing, and seems to stand still
+COARSE = 0.15  # cycles a pixel: what is finer counts little, for blur is no motion
+SURE = 0.3  # height of a correlation's peak: of strangers it reaches 0.27, HOP apart it is 0.5
 MOVING = 0.75  # of the squares stay behind what counts: an orbit hardly moves its middle
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
+_squared = np.add.outer(np.fft.fftfreq(BLOCK) ** 2, np.fft.fftfreq(BLOCK) ** 2)
+_WEIGHT = np.where(_squared > 0, np.exp(-_squared / 2 / COARSE**2), 0)
+_WEIGHT /= _WEIGHT.mean()
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,33 +29,39 @@ class View:
     """A frame as its squares, from which shifts are read."""
 
     spectra: Array  # [n, BLOCK, BLOCK] complex
+    telling: Array  # [n] bool: not PLAIN
     diagonal: float  # pixels
 
     @classmethod
     def of(cls, gray: Array) -> View:
-        """The view in a picture [h, w] of about LONGEST pixels, of which each side has BLOCK."""
+        """The view in a picture [h, w] of grey levels, 0 to 255.
+
+        The longer side has about LONGEST pixels, each at least BLOCK.
+        """
         corners = [np.linspace(0, n - BLOCK, -(-n // BLOCK)).astype(int) for n in gray.shape]
         squares = [gray[y : y + BLOCK, x : x + BLOCK] for y in corners[0] for x in corners[1]]
         window = np.hanning(BLOCK)[:, None] * np.hanning(BLOCK)
-        centred = np.stack([square - square.mean() for square in squares]) * window
-        return cls(np.fft.fft2(centred), math.hypot(*gray.shape))
+        centred = np.stack([square - square.mean() for square in squares])
+        telling = centred.std((1, 2)) > PLAIN
+        return cls(np.fft.fft2(centred * window), telling, math.hypot(*gray.shape))
 
     def shifts(self, other: View) -> Array | None:
         """[n, 2] pixels by which each square lies elsewhere in `other`; None: nothing is alike.
 
-        Squares that are not found are taken to move as the others do.
+        Squares that are not found move as the others do in the median; where all are plain, by 0.
         Source: Kuglin and Hines, The phase correlation image alignment method, 1975.
         """
         if self.spectra.shape != other.spectra.shape:
             return None
         cross = self.spectra.conj() * other.spectra
-        peaks = np.fft.ifft2(cross / np.maximum(np.abs(cross), 1e-6)).real.reshape(len(cross), -1)
-        where, sure = peaks.argmax(1), peaks.max(1) > SURE
-        if sure.mean() < 0.25:
+        cross *= _WEIGHT / np.maximum(np.abs(cross), 1e-6)
+        peaks = np.fft.ifft2(cross).real.reshape(len(cross), -1)
+        where, sure = peaks.argmax(1), (peaks.max(1) > SURE) & self.telling & other.telling
+        if sure.sum() < 0.25 * (self.telling | other.telling).sum():
             return None
         found = np.stack(np.unravel_index(where, (BLOCK, BLOCK)), 1)
         found = ((found + BLOCK // 2) % BLOCK - BLOCK // 2).astype(float)
-        found[~sure] = np.median(found[sure], 0)
+        found[~sure] = np.median(found[sure], 0) if sure.any() else 0
         return found
 
 

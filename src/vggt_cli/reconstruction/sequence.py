@@ -91,6 +91,6 @@ def _views(images: ImageSet) -> Iterator[motion.View]:
     scale = motion.LONGEST / max(H, W)
     small = tuple(max(motion.BLOCK, round(side * scale)) for side in (H, W))
     for some in room.chunks(images):
-        gray = images.pixels[some].float().mean(1, keepdim=True)
+        gray = 255 * images.pixels[some].float().mean(1, keepdim=True)
         for one in F.interpolate(gray, small, mode="area")[:, 0].numpy():
             yield motion.View.of(one)
