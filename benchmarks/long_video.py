@@ -1,8 +1,8 @@
 """A video of a thousand frames through `vggt reconstruct`: seconds, peak memory, how far it drifts.
 
-python benchmarks/long_video.py [FPS]
+python benchmarks/long_video.py [motion|FPS] [none|auto]
 
-With mini, unrefined; keyframes by motion, or so many a second (25: every frame).
+With mini; keyframes by motion, or so many a second (25: every frame); unrefined, or refined.
 
 The camera walks around the middle of a rendered place, looking at it: two laps of a circle whose
 radius and height swing.
@@ -61,9 +61,9 @@ def film(world: World, cameras: Cameras, path: Path) -> None:
         container.mux(stream.encode())
 
 
-def main(fps: str) -> None:
+def main(fps: str = "motion", refine: str = "none") -> None:
     """Film, reconstruct, compare with the truth, write."""
-    keyframes = ["--fps", fps, "--frames", str(FRAMES)] if fps else []
+    keyframes = [] if fps == "motion" else ["--fps", fps, "--frames", str(FRAMES)]
     random = torch.Generator().manual_seed(13)
     world = synthetic.world(random)
     cameras = walk(world, FRAMES)
@@ -72,7 +72,7 @@ def main(fps: str) -> None:
         film(world, cameras, video)
         command = [
             *("reconstruct", str(video), "--out", str(scene), "--model", "mini"),
-            *("--refine", "none", "--json", *keyframes),
+            *("--refine", refine, "--json", *keyframes),
         ]
         run = subprocess.run(
             [sys.executable, "-m", "vggt_cli", *command],
@@ -100,11 +100,12 @@ def main(fps: str) -> None:
         "peak_bytes": peak,
         "windows": windows and windows["windows"],
         "loops": windows and len(windows["loops"]),
+        "refinement": report["refinement"] and report["refinement"]["method"],
         "error_of_extent": error / extent,
     }
     print(json.dumps(figures, indent=1))
-    print(write(f"long_video_{fps or 'by_motion'}", figures))
+    print(write(f"long_video_{fps}" + (refine != "none") * "_refined", figures))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "")
+    main(*sys.argv[1:])
