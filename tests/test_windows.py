@@ -71,20 +71,23 @@ def test_windows_along_a_sequence_cover_it_and_overlap() -> None:
     assert in_order(5, 30, 10) == [list(range(5))]
 
 
-def test_windows_between_keyframes_hold_the_rest_once_and_the_keyframes_around_it() -> None:
+def test_windows_between_keyframes_hold_the_rest_once_spread_over_a_stretch() -> None:
     main = list(range(0, 100, 7))
-    windows = between(100, main, 16, 6)
+    windows = between(104, main, 16, 6)
     rest = [frame for window in windows for frame in window if frame not in main]
-    assert rest == [frame for frame in range(100) if frame not in main]
+    assert sorted(rest) == [frame for frame in range(104) if frame not in main]
     for window in windows:
         around = [frame for frame in window if frame in main]
         inside = [frame for frame in window if frame not in main]
-        assert len(around) == 6
+        assert around == main[main.index(around[0]) :][:6]
         assert len(inside) <= 10
         assert min(around) < min(inside)
-        assert max(around) > max(inside) or max(main) < max(inside)
+        assert max(around) > max(inside) or max(around) == max(main)
+        assert max(inside) - min(inside) > 20  # not a heap
     assert between(100, list(range(100)), 16, 6) == []
-    assert between(6, [0, 3], 4, 3) == [[0, 1, 3], [0, 2, 3], [0, 3, 4], [0, 3, 5]]
+    assert between(6, [0, 2, 4], 4, 3) == [[0, 1, 2, 4], [0, 2, 3, 4], [0, 2, 4, 5]]
+    for size, overlap, main in ((2, 1, [0, 3, 5]), (3, 1, [0, 3, 5]), (16, 8, [0, 3, 5])):
+        assert {*main}.union(*between(9, main, size, overlap)) == {*range(9)}
 
 
 @pytest.mark.parametrize("tokens", [True, False])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,17 +81,22 @@ def in_order(count: int, size: int, overlap: int) -> list[list[int]]:
 
 
 def between(count: int, main: Sequence[int], size: int, overlap: int) -> list[list[int]]:
-    """Windows that hold the frames of a sequence that `main` lacks, and the nearest of `main`.
+    """Windows with the frames of a sequence that `main` lacks, and `overlap` of `main` around them.
 
-    Each has at most size - overlap of the former and `overlap` of the latter.
+    Each has at most size - overlap frames of a stretch, evenly spread over it: a heap of frames
+    from one place would bend the window.
     """
     assert 0 < overlap < size, (overlap, size)
+    windows: list[list[int]] = []
     missing = sorted({*range(count)} - {*main})
-    windows = []
-    for start in range(0, len(missing), size - overlap):
-        some = missing[start : start + size - overlap]
-        near = sorted(main, key=lambda frame: abs(2 * frame - some[0] - some[-1]))
-        windows.append(sorted(some + near[:overlap]))
+    for begin in range(0, max(1, len(main) - 1), max(1, overlap - 1)):
+        first = max(0, min(begin, len(main) - overlap))
+        near = list(main[first : first + overlap])
+        last = first + overlap >= len(main)
+        here = len(missing) if last else bisect_left(missing, near[-1])
+        some, missing = missing[:here], missing[here:]
+        n = -(-len(some) // (size - overlap))
+        windows += [sorted(near + some[k::n]) for k in range(n)]
     return windows
 
 
