@@ -88,15 +88,15 @@ def between(count: int, main: Sequence[int], size: int, overlap: int) -> list[li
     """
     assert 0 < overlap < size, (overlap, size)
     windows: list[list[int]] = []
-    missing = sorted({*range(count)} - {*main})
-    for begin in range(0, max(1, len(main) - 1), max(1, overlap - 1)):
-        first = max(0, min(begin, len(main) - overlap))
+    missing, first = sorted({*range(count)} - {*main}), 0
+    while missing:
         near = list(main[first : first + overlap])
-        last = first + overlap >= len(main)
+        last = near[-1] == main[-1]
         here = len(missing) if last else bisect_left(missing, near[-1])
         some, missing = missing[:here], missing[here:]
         n = -(-len(some) // (size - overlap))
         windows += [sorted(near + some[k::n]) for k in range(n)]
+        first = min(first + max(1, overlap - 1), len(main) - overlap)
     return windows
 
 
