@@ -65,6 +65,37 @@ def test_padding_unsure_and_unusable_pixels_are_not_compared() -> None:
     assert joint.agree == 1
 
 
+def lens_taken_for_longer(window: Prediction, factor: float) -> Prediction:
+    """As a network may see a camera that moves sideways only: what is farther may be magnified."""
+    intrinsics = window.cameras.intrinsics.clone()
+    intrinsics[:, [0, 1], [0, 1]] *= factor
+    cameras = dataclasses.replace(window.cameras, intrinsics=intrinsics)
+    return dataclasses.replace(window, cameras=cameras, depth=window.depth * factor)
+
+
+def test_cameras_far_apart_tell_the_scale_where_depth_is_as_much_too_long_as_the_lens() -> None:
+    second, valid = window()
+    first = lens_taken_for_longer(move_prediction(second, THERE), 1.5)
+    joint = join(first, second, valid)
+    same(joint.similarity, THERE, 1e-3)
+    assert joint.stretch == pytest.approx(1.5, rel=1e-3)
+    assert joint.residual < 1e-3
+
+
+def test_cameras_close_to_each_other_leave_the_scale_to_depth() -> None:
+    second, valid = window()
+    rotation, centers = second.cameras.extrinsics[..., :3], second.cameras.centers
+    for spread, noise in ((1e-3, 1e-4), (1.0, 0.3)):  # too close, too uncertain
+        there = centers[:1] + spread * (centers - centers[:1])
+        there = there + noise * torch.randn(8, 3, generator=generator(4))
+        second.cameras.extrinsics[..., 3] = -(rotation @ there[..., None])[..., 0]
+        first = move_prediction(second, THERE)
+        first.cameras.extrinsics[..., 3] += noise * torch.randn(8, 3, generator=generator(5))
+        joint = join(first, second, valid)
+        assert joint.stretch == 1
+        assert joint.similarity.scale == pytest.approx(THERE.scale, rel=0.02)  # what depth says
+
+
 def test_where_no_pixel_is_usable_the_cameras_decide() -> None:
     second, valid = window()
     similarity = dataclasses.replace(THERE, scale=1.0)

@@ -5,7 +5,8 @@ The same pixel of the same frame is the same place, so correspondences are free.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ POINTS = 6000  # compared, of the pixels of all shared frames: errors are those 
 SURE = 0.5  # quantile of confidence, in both windows, above which a pixel is compared
 FEW = 50  # sure pixels: with less of them all usable ones are compared
 ROUNDS = 8  # of weighting anew
+WIDE = 0.05  # of the depth: shared cameras spread over it tell the scale better than depth does ...
+STIFF = 0.1  # ... if they are in both windows where they are, within so much of their spread
 AGREES = 0.05  # of the depth: points of the two windows within it count as the same
 
 
@@ -33,35 +36,46 @@ class Joint:
     residual: float  # median distance between the two windows' points, of the depth
     agree: float  # share of the points within AGREES
     frames: int  # shared
+    stretch: float = 1.0  # times as deep as it says is the second, as its cameras stand
 
 
 def join(first: Prediction, second: Prediction, valid: Tensor) -> Joint:
     """How the world of `first` follows from that of `second`; both hold the same frames.
 
     valid: [S, H, W] bool, the pixels that show something.
-    The scale is the median ratio of the two depths of a pixel. Turn and shift are what the shared
-    cameras say, or what a similarity of points says, whichever scatters less: a small network's
-    cameras are better than its depth. Measured: docs/windows.md. Where too few pixels are usable
-    the cameras alone decide, and the residual is 1.
+    The scale is that of the shared cameras where they stand far apart, and the second's depth is
+    stretched to it: where a camera moves sideways only, a network takes a longer lens and more
+    depth for a shorter lens and less. Else it is the median ratio of the two depths of a pixel.
+    Turn and shift are what the shared cameras say, or what a similarity of points says, whichever
+    scatters less: a small network's cameras are better than its depth. Measured: docs/windows.md.
+    Where too few pixels are usable the cameras alone decide, and the residual is 1.
     """
     assert first.depth.shape == second.depth.shape == valid.shape, valid.shape
     frame, row, column = _compared(first, second, valid)
-    x, y = (_points(p, frame, row, column) for p in (first, second))
     depth, there = (p.depth[frame, row, column].double() for p in (first, second))
     ratio = float((depth / there).median()) if len(frame) else 1.0
-    similarity = _by_cameras(first, second, ratio)
+    usual = float(depth.median()) if len(frame) else math.inf
+    similarity = _by_cameras(first, second, ratio, usual)
+    stretch = ratio / similarity.scale
+    lens = first.cameras.intrinsics  # of the same frames, so that one of the two is wrong
+    second = replace(
+        second,
+        depth=second.depth * stretch,
+        cameras=replace(second.cameras, intrinsics=lens),
+    )
+    x, y = (_points(p, frame, row, column) for p in (first, second))
     try:
         by_points = fit_robustly(y, x, depth, similarity)
     except GeometryError:
         centers = second.cameras.centers.double()
         return Joint(similarity, _anchors(centers), 1.0, 1.0, 0.0, len(valid))
-    usual = float(depth.median())
     residuals = (by_points(y) - x).norm(dim=-1) / depth
     if _scatter(first, second, similarity, usual) > residuals.median():
         similarity = by_points
     residuals = (similarity(y) - x).norm(dim=-1) / depth
     agree = float((residuals <= AGREES).double().mean())
-    return Joint(similarity, _anchors(y), usual, float(residuals.median()), agree, len(valid))
+    middle = float(residuals.median())
+    return Joint(similarity, _anchors(y), usual, middle, agree, len(valid), stretch)
 
 
 def through(first: Joint, second: Joint) -> Joint:
@@ -122,12 +136,19 @@ def _points(prediction: Prediction, frame: Tensor, row: Tensor, column: Tensor) 
     return (to_world[..., :3] @ (rays * depth[:, None])[..., None])[..., 0] + to_world[..., 3]
 
 
-def _by_cameras(first: Prediction, second: Prediction, ratio: float) -> Similarity:
-    """The similarity that the cameras say, with the scale `ratio` of the depth maps."""
-    source, target = second.cameras.extrinsics.double(), first.cameras.extrinsics.double()
-    rotation = fit_cameras(source, target).rotation
-    centers = first.cameras.centers.double() - ratio * second.cameras.centers.double() @ rotation.T
-    return Similarity(ratio, rotation, centers.quantile(0.5, dim=0))
+def _by_cameras(first: Prediction, second: Prediction, ratio: float, depth: float) -> Similarity:
+    """The similarity that the cameras say, with the scale `ratio` of the depth maps if need be.
+
+    depth: that usual in the first.
+    """
+    found = fit_cameras(second.cameras.extrinsics, first.cameras.extrinsics)
+    here, there = (p.cameras.centers.double() for p in (first, second))
+    spread = float((here - here.mean(0)).norm()) / len(here) ** 0.5
+    off = float((found(there) - here).norm()) / len(here) ** 0.5
+    if len(here) > 2 and spread >= WIDE * depth and off <= STIFF * spread:
+        return found
+    shift = (here - ratio * there @ found.rotation.T).quantile(0.5, dim=0)
+    return Similarity(ratio, found.rotation, shift)
 
 
 def _scatter(first: Prediction, second: Prediction, similarity: Similarity, depth: float) -> float:

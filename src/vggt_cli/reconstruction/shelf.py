@@ -56,13 +56,16 @@ class Shelf:
         for some in chunks(images):
             yield images[some], None if self.all.tokens is None else self.all.tokens[some]
 
-    def place(self, poses: Sequence[Similarity], owner: Tensor) -> None:
-        """Moves every frame into the common world, of which `poses[owner[frame]]` are the way."""
+    def place(self, poses: Sequence[Similarity], owner: Tensor, stretch: float = 1.0) -> None:
+        """Moves every frame into the common world, of which `poses[owner[frame]]` are the way.
+
+        stretch: times which all depth is taken.
+        """
         for number, pose in enumerate(poses):
             own = (owner == number).nonzero()[:, 0].tolist()
             moved = move(self.all.cameras[own], pose)
             self.all.cameras.extrinsics[own] = moved.extrinsics
-            self.all.depth[own] = _half(self.all.depth[own].float() * pose.scale)
+            self.all.depth[own] = _half(self.all.depth[own].float() * (stretch * pose.scale))
             let_go()
 
 

@@ -163,11 +163,15 @@ def predict_windows(
     owner = torch.full((len(images),), -1)
     shelf: Shelf | None = None
     links: list[Link] = []
+    stretch: list[float] = []  # of each window's depth, so that it goes with those before it
     for number, window in enumerate(windows):
         prediction = predict(exact(images[window]))
         if shelf is None:
             shelf = Shelf.like(prediction, len(images))
-        links += _links(number, window, owner, shelf, images.valid, prediction)
+        back = _links(number, window, owner, shelf, images.valid, prediction)
+        links += back
+        stretch.append(graph.strongest(back).joint.stretch if back else 1.0)
+        prediction = dataclasses.replace(prediction, depth=prediction.depth * stretch[-1])
         new = [k for k, frame in enumerate(window) if owner[frame] < 0]
         owner[[window[k] for k in new]] = number
         shelf.put([window[k] for k in new], prediction[new])
@@ -180,7 +184,8 @@ def predict_windows(
     start = graph.chain(len(windows), links)
     poses = graph.solve(start, links + found)
     log.info("%d windows, %d loops closed", len(windows), len(found))
-    shelf.place(poses, owner)
+    # Which windows are too deep nobody knows: as most frames were predicted, so are all.
+    shelf.place(poses, owner, 1 / float(torch.tensor(stretch)[owner].median()))
     room.let_go()
     return Joined(shelf.all, _drift(images.names, links, found, start, poses))
 
@@ -282,6 +287,7 @@ def _drift(
             "frames": link.joint.frames,
             "residual": link.joint.residual,
             "agree": link.joint.agree,
+            "stretch": link.joint.stretch,
         }
         for link in links
     ]
