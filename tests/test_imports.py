@@ -80,7 +80,7 @@ BESIDE = {
             "points",
             "writers",
         },
-        "scene_read": {"colmap", "colmap_read", "images", "points", "writers"},
+        "scene_read": {"colmap", "colmap_read", "images", "masks", "points", "writers"},
         "claims": set(),
         "names": {"export", "files"},
         "priors": {"colmap", "colmap_read"},
