@@ -41,7 +41,7 @@ def compare(
 ) -> None:
     """Cameras and points of model A against model B of the same photos.
 
-    Photos are paired by file name. A scene's model is that in reference/, sparse/0/ or sparse/.
+    Photos are paired by file name. A scene's model is that in sparse/0/, sparse/ or reference/.
     Relative errors are of all pairs of photos; positions and points are compared after the
     similarity (turn, shift and scale) that brings A's optical centres closest to B's.
     """
