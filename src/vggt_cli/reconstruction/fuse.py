@@ -5,17 +5,20 @@ Works frame by frame, so that memory grows with the points that are kept and not
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vggt_cli.device import one_thread_each
 from vggt_cli.formats import room
-from vggt_cli.geometry import keep_points, project, surface_normals, unproject
+from vggt_cli.geometry import pixel_centers, surface_normals, unproject
 from vggt_cli.reconstruction.trust import confident_pixels, marked
 from vggt_cli.scene import ImageSet, PointCloud, Prediction, Tracks
 
@@ -25,7 +28,11 @@ AGREEMENT = 0.02  # of the point's depth: within it a pixel's own depth joins th
 SEEN_THROUGH = 0.10  # a pixel this much deeper than the point speaks against it
 AHEAD = 8  # frames that threads work on before the next
 IN_CACHE = 2**15  # points worked on at a time: they stay in the cache, of one thread of torch
+BLOCK = 2**10  # points that a frame looks at, or not, together
 CANDIDATES = 4  # pixels looked at for each point of the budget
+COUNTED = 2**15  # voxels of a budget that are counted to find their edge; of fewer all
+UNSURE = 2**24 - 1  # bits of a key that order the seeds of one voxel
+FACTORS = (0x2545F4914F6CDD1D, 0x5851F42D4C957F2D, 0x369DEA0F31A53F85)  # odd, without pattern
 
 
 @dataclass(frozen=True)
@@ -51,41 +58,27 @@ def fuse(
     """
     marks = marked(prediction, confident_pixels(prediction, images, options.confidence))
     with one_thread_each() as pool:
-        seeds = _candidates(prediction, images, marks, options, pool)
-        seeds = _thin_out(seeds, options.points, pool)
-        return _observe(seeds, prediction, images, marks, pool) if observe else seeds.cloud
+        seeds = _thin_out(_candidates(prediction, marks, options, pool), options.points, pool)
+        cloud = _cloud(seeds, prediction, images, pool)
+        return _observe(seeds, cloud, prediction, images, marks, pool) if observe else cloud
 
 
 @dataclass(frozen=True, eq=False)
 class _Seeds:
-    """Points that start at one pixel each."""
+    """Points that start at one pixel each, in the order of frames and pixels."""
 
-    cloud: PointCloud
+    xyz: Tensor  # [N, 3] float32
+    confidence: Tensor  # [N] float32
     footprint: Tensor  # [N] size of the pixel at the point, scene units
-    frame: Tensor  # [N] int64
+    frame: Tensor  # [N] int32
     pixel: Tensor  # [N] int64 flat index
 
     def __getitem__(self, chosen: Tensor) -> _Seeds:
-        return _Seeds(
-            _select(self.cloud, chosen),
-            self.footprint[chosen],
-            self.frame[chosen],
-            self.pixel[chosen],
-        )
-
-
-def _select(cloud: PointCloud, chosen: Tensor) -> PointCloud:
-    return PointCloud(
-        cloud.xyz[chosen], cloud.normals[chosen], cloud.rgb[chosen], cloud.confidence[chosen]
-    )
+        return _Seeds(*(values.index_select(0, chosen) for values in vars(self).values()))
 
 
 def _candidates(
-    prediction: Prediction,
-    images: ImageSet,
-    marks: Tensor,
-    options: FuseOptions,
-    pool: ThreadPoolExecutor,
+    prediction: Prediction, marks: Tensor, options: FuseOptions, pool: ThreadPoolExecutor
 ) -> _Seeds:
     """Seeds at trusted pixels of all frames, at most about CANDIDATES for each point allowed."""
     trusted = sum(int((marks[some] == 2).sum()) for some in room.chunks(prediction))
@@ -100,83 +93,91 @@ def _candidates(
     for some in room.chunks(prediction, AHEAD):
         frames = range(some.start, some.stop)
         pixels = [chosen(frame) for frame in frames]  # in order: random numbers are
-        parts += pool.map(partial(_seeds_of_frame, prediction, images), frames, pixels)
-    clouds = [part.cloud for part in parts]
-    return _Seeds(
-        PointCloud(
-            torch.cat([cloud.xyz for cloud in clouds]),
-            torch.cat([cloud.normals for cloud in clouds]),
-            torch.cat([cloud.rgb for cloud in clouds]),
-            torch.cat([cloud.confidence for cloud in clouds]),
-        ),
-        torch.cat([part.footprint for part in parts]),
-        torch.cat([part.frame for part in parts]),
-        torch.cat([part.pixel for part in parts]),
-    )
+        parts += pool.map(partial(_seeds_of_frame, prediction), frames, pixels)
+    return _Seeds(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
 
 
-def _seeds_of_frame(prediction: Prediction, images: ImageSet, frame: int, pixel: Tensor) -> _Seeds:
-    cameras, depth = prediction.cameras, prediction.depth[frame].float()
-    points = _points_of_frame(prediction, frame)
-    normals = surface_normals(points, cameras.centers[frame])
-    rgb = (images.pixels[frame].flatten(1).T[pixel] * 255).round().to(torch.uint8)
-    confidence = prediction.confidence[frame].flatten()[pixel]
+def _seeds_of_frame(prediction: Prediction, frame: int, pixel: Tensor) -> _Seeds:
+    depth = prediction.depth[frame].flatten().index_select(0, pixel).float()
     return _Seeds(
-        PointCloud(points.flatten(0, 1)[pixel], normals.flatten(0, 1)[pixel], rgb, confidence),
-        depth.flatten()[pixel] / cameras.intrinsics[frame, 0, 0],
-        torch.full_like(pixel, frame),
+        _points_of_frame(prediction, frame).flatten(0, 1).index_select(0, pixel),
+        prediction.confidence[frame].flatten().index_select(0, pixel),
+        depth / prediction.cameras.intrinsics[frame, 0, 0],
+        torch.full_like(pixel, frame, dtype=torch.int32),
         pixel,
     )
 
 
 def _thin_out(seeds: _Seeds, budget: int, pool: ThreadPoolExecutor) -> _Seeds:
-    """The surest seed of each voxel, with voxels just large enough to keep the budget."""
-    order = seeds.cloud.confidence.argsort(descending=True, stable=True)
-    xyz, level = seeds.cloud.xyz[order], seeds.footprint[order].log2().round()
-    keep = partial(_first_of_voxel, xyz, level, pool)
-    low, high = 1.0, 1.0  # voxel edges in footprints
-    kept = keep(high)
-    while (count := int(kept.sum())) > budget:
-        low, high = high, high * max(1.1, (count / budget) ** 0.5)
-        kept = keep(high)
-    for _ in range(4 if high > 1 else 0):
-        middle = (low + high) / 2
-        chosen = keep(middle)
-        fits = int(chosen.sum()) <= budget
-        low, high = (low, middle) if fits else (middle, high)
-        kept = chosen if fits else kept
-    return seeds[order[kept]]
+    """The surest seed of each voxel, with voxels just large enough to keep the budget.
 
-
-def _first_of_voxel(
-    xyz: Tensor, level: Tensor, pool: ThreadPoolExecutor, edge_in_footprints: float
-) -> Tensor:
-    """[N] bool: the first seed in each voxel.
-
-    level: [N] float32 logarithm of the seeds' footprints to the base of 2, whole: the edge follows
-    the size of a pixel at the point in steps of two, so that near surfaces keep their detail and
-    the background does not eat the budget.
+    Their edge is found by counting some of them. The few percent that are over the budget then are
+    dropped by their keys, which is as good as by chance.
     """
-    key = torch.empty(len(xyz), dtype=torch.int64)
+    every = max(1, budget // COUNTED)
+    edge, slope = 1.0, -2.0  # in footprints; of the logarithm of the count: a surface's
+
+    def over() -> float:
+        some = key[key < 2**64 // every - 2**63 - 1] // (UNSURE + 1)
+        return math.log(max(1, len(some.unique())) * every / budget)
+
+    key = _keys(seeds, edge, pool)
+    excess = over()
+    for _ in range(6 if excess > 0 else 0):
+        step = -excess / slope
+        edge *= math.exp(step)
+        key, before = _keys(seeds, edge, pool), excess
+        excess = over()
+        if abs(excess) < 0.02:
+            break
+        slope = min(max((excess - before) / step, -3.0), -1.0)
+    ordered, index = key.sort(stable=True)
+    first = torch.ones(len(key), dtype=torch.bool)
+    first[1:] = ordered[1:] ^ ordered[:-1] > UNSURE
+    return seeds[index[first][:budget].sort().values]
+
+
+def _keys(seeds: _Seeds, edge: float, pool: ThreadPoolExecutor) -> Tensor:
+    """[N] int64: seeds in one voxel differ in the bits UNSURE alone, where the surest has least.
+
+    edge: of voxels in footprints. It follows them in steps of two, so that near surfaces keep
+    their detail and the background does not eat the budget.
+    """
+    key = torch.empty(len(seeds.xyz), dtype=torch.int64)
 
     def fill(start: int) -> None:
         some = slice(start, start + IN_CACHE)
-        edge = (edge_in_footprints * torch.exp2(level[some])).double()
-        # Odd multipliers, wrapping in 64 bits: two voxels sharing a key is as good as impossible.
-        keys = level[some].long()
-        for axis in range(3):
-            cell = (xyz[some, axis].double() / edge).floor().long()
-            keys = keys.mul_(0x9E3779B97F4A7C1).add_(cell.mul_(0x2545F4914F6CDD1D))
-            keys = keys ^ (keys >> 29)
-        key[some] = keys
+        level = seeds.footprint[some].log2().round_()
+        cells = (seeds.xyz[some].T * torch.exp2(-level).div_(edge)).floor_().long()
+        # Odd factors, wrapping in 64 bits: that two voxels share 40 bits is next to impossible.
+        voxel = level.long().mul_(0x9E3779B97F4A7C1)
+        for cell, factor in zip(cells, FACTORS, strict=True):
+            voxel.add_(cell.mul_(factor))
+        voxel = (voxel ^ (voxel >> 32)).mul_(0x9E3779B97F4A7C1)
+        unsure = UNSURE - (seeds.confidence[some].view(torch.int32) >> 7)
+        key[some] = (voxel & ~UNSURE) | unsure
 
-    list(pool.map(fill, range(0, len(xyz), IN_CACHE)))
-    ordered, index = key.sort(stable=True)
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[1:] = ordered[1:] != ordered[:-1]
-    result = torch.zeros_like(first)
-    result[index[first]] = True
-    return result
+    list(pool.map(fill, range(0, len(key), IN_CACHE)))
+    return key
+
+
+def _cloud(
+    seeds: _Seeds, prediction: Prediction, images: ImageSet, pool: ThreadPoolExecutor
+) -> PointCloud:
+    """The seeds with what is known of their pixels."""
+
+    def look(frame: int, pixel: Tensor) -> tuple[Tensor, Tensor]:
+        points = _points_of_frame(prediction, frame)
+        normals = surface_normals(points, prediction.cameras.centers[frame]).flatten(0, 1)
+        rgb = images.pixels[frame].flatten(1).index_select(1, pixel).T
+        return normals.index_select(0, pixel), (rgb * 255).round().to(torch.uint8)
+
+    pixels = seeds.pixel.split(_lengths(seeds, prediction))
+    parts: list[tuple[Tensor, Tensor]] = []
+    for some in room.chunks(prediction, AHEAD):
+        parts += pool.map(look, range(some.start, some.stop), pixels[some])
+    normals, rgb = map(torch.cat, zip(*parts, strict=True))
+    return PointCloud(seeds.xyz, normals, rgb, seeds.confidence)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,101 +186,151 @@ class _Sighting:
 
     point: Tensor  # [M] int64 that pixels join
     pixel: Tensor  # [M] int64 flat index of the pixel that joins each
-    xyz: Tensor  # [M, 3] float64 of these pixels
-    confidence: Tensor  # [M] float64
+    place: Tensor  # [M, 4] x, y, z of these pixels times their confidence, and their confidence
     against: Tensor  # int64 points that the frame looks through
-
-
-def _sighting(
-    seeds: _Seeds, prediction: Prediction, marks: Tensor, frame: int, own: Tensor
-) -> _Sighting:
-    """own: [n] int64 the seeds of the frame, each of which its own pixel joins in any case.
-
-    Projecting a seed back may round into the neighbouring pixel.
-    """
-    xyz = seeds.cloud.xyz
-    parts = [_seen(part, prediction, frame) for part in xyz.split(IN_CACHE)]
-    starts = range(0, len(xyz), IN_CACHE)
-    point = torch.cat([part[0] + start for part, start in zip(parts, starts, strict=True)])
-    pixel, z = (torch.cat([part[i] for part in parts]) for i in (1, 2))
-    sure = (marks[frame].flatten()[pixel] > 0).nonzero()[:, 0]
-    point, pixel, z = point[sure], pixel[sure], z[sure]
-    relative = prediction.depth[frame].flatten()[pixel] / z - 1
-    joins = (relative.abs() <= AGREEMENT) & (seeds.frame[point] != frame)
-    against = point[relative > SEEN_THROUGH]
-    point, pixel = torch.cat([point[joins], own]), torch.cat([pixel[joins], seeds.pixel[own]])
-    confidence = prediction.confidence[frame].flatten()[pixel].double()
-    places = _points_of_frame(prediction, frame).flatten(0, 1)[pixel].double()
-    return _Sighting(point, pixel, places, confidence, against)
-
-
-def _seen(xyz: Tensor, prediction: Prediction, frame: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of the points [N, 3] project into a frame, to which pixels, and their z-depth."""
-    H, W = prediction.depth.shape[1:]
-    cameras = prediction.cameras
-    xy, z = project(xyz[None], cameras.intrinsics[frame], cameras.extrinsics[frame])
-    x, y = xy[0].unbind(-1)
-    inside = (z[0] > 0) & (x >= 0) & (y >= 0) & (x < W) & (y < H)
-    point = inside.nonzero()[:, 0]
-    return point, y[point].long() * W + x[point].long(), z[0, point]
 
 
 def _observe(
     seeds: _Seeds,
+    cloud: PointCloud,
     prediction: Prediction,
     images: ImageSet,
     marks: Tensor,
     pool: ThreadPoolExecutor,
 ) -> PointCloud:
-    """The seeds moved to the mean of the pixels that see them, with these as observations."""
-    n = len(seeds.cloud)
-    counts = torch.bincount(seeds.frame, minlength=len(prediction))
-    own = seeds.frame.argsort(stable=True).split(counts.tolist())
+    """The points moved to the mean of the pixels that see them, with these as observations."""
+    n = len(cloud)
+    own = torch.arange(n).split(_lengths(seeds, prediction))
+    look = partial(_sighting, _in_blocks(cloud.xyz), seeds, prediction, marks)
     joined: list[tuple[Tensor, Tensor]] = []  # per frame: points, and the pixel that joins each
-    against = torch.zeros(n, dtype=torch.int32)
-    total, weight = torch.zeros(n, 3, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    look = partial(_sighting, seeds, prediction, marks)
+    against, for_it = torch.zeros(n, dtype=torch.int32), torch.zeros(n, dtype=torch.int64)
+    total = torch.zeros(n, 4, dtype=torch.float64)
     for some in room.chunks(prediction, AHEAD):
         for seen in pool.map(look, range(some.start, some.stop), own[some]):
             against[seen.against] += 1
-            total[seen.point] += seen.confidence[:, None] * seen.xyz
-            weight[seen.point] += seen.confidence
+            total[seen.point] += seen.place
             joined.append((seen.point, seen.pixel))
-    xyz = (total / weight[:, None]).float()
-    tracks = _tracks(xyz, joined, prediction, images)
-    for_it = torch.bincount(tracks.point, minlength=n)
+    xyz = (total[:, :3] / total[:, 3:]).float()
+    check = partial(_agreeing, xyz, prediction)
+    for some in room.chunks(prediction, AHEAD):
+        frames = range(some.start, some.stop)
+        for frame, agreed in zip(frames, pool.map(check, frames, joined[some]), strict=True):
+            joined[frame] = agreed
+            for_it[agreed[0]] += 1
     kept = (for_it > 0) & (against <= for_it)
     if not kept.any():  # the frames contradict each other everywhere: rough points, not none
         kept = for_it > 0
     log.debug("points that other frames look through, dropped: %d of %d", int((~kept).sum()), n)
-    cloud = _select(replace(seeds.cloud, xyz=xyz), kept)
-    return replace(cloud, observations=keep_points(tracks, kept))
+    tracks = _tracks(xyz[kept], joined, torch.where(kept, for_it, 0), images)
+    return PointCloud(
+        tracks.xyz, cloud.normals[kept], cloud.rgb[kept], cloud.confidence[kept], tracks
+    )
+
+
+def _in_blocks(xyz: Tensor) -> tuple[Tensor, Tensor]:
+    """Points [N, 3] in blocks [3, b, BLOCK], filled up by NaN; corners [3, b, 8] of their boxes."""
+    b = -(-len(xyz) // BLOCK)
+    blocks = F.pad(xyz.T, (0, b * BLOCK - len(xyz)), value=torch.nan).view(3, b, BLOCK)
+    ends = blocks.nan_to_num(torch.inf).amin(-1), blocks.nan_to_num(-torch.inf).amax(-1)
+    x, y, z = zip(*ends, strict=True)
+    corners = [torch.stack(corner) for corner in itertools.product(x, y, z)]
+    return blocks, torch.stack(corners, -1)
+
+
+def _sighting(
+    blocks: tuple[Tensor, Tensor],
+    seeds: _Seeds,
+    prediction: Prediction,
+    marks: Tensor,
+    frame: int,
+    own: Tensor,
+) -> _Sighting:
+    """own: [n] int64 the seeds of the frame, each of which its own pixel joins in any case.
+
+    Projecting a seed back may round into the neighbouring pixel.
+    """
+    point, pixel, z = _seen(blocks, prediction, frame)
+    sure = torch.where(marks[frame] > 0, prediction.depth[frame].float(), torch.nan)
+    relative = sure.flatten().index_select(0, pixel) / z - 1
+    joins = (relative.abs() <= AGREEMENT) & (seeds.frame.index_select(0, point) != frame)
+    against = point[relative > SEEN_THROUGH]
+    point, pixel = torch.cat([point[joins], own]), torch.cat([pixel[joins], seeds.pixel[own]])
+    confidence = prediction.confidence[frame].float()[..., None]
+    places = torch.cat([_points_of_frame(prediction, frame) * confidence, confidence], -1)
+    return _Sighting(point, pixel, places.flatten(0, 1).index_select(0, pixel).double(), against)
+
+
+def _seen(
+    blocks: tuple[Tensor, Tensor], prediction: Prediction, frame: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the points project into a frame, to which pixels, and their z-depth."""
+    H, W = prediction.depth.shape[1:]
+    u, v, z = _pinhole(blocks[1], prediction, frame)
+    # A box is out of the frame if its corners are all beyond one side, here a pixel further out.
+    sides = torch.stack([z, u + z, v + z, (W + 1) * z - u, (H + 1) * z - v])
+    near = (sides > 0).any(-1).all(0).nonzero()[:, 0]
+    found = [[near[:0], near[:0], z[:0, 0]]]  # of no block
+    for some in near.split(max(1, IN_CACHE // BLOCK)):
+        u, v, z = _pinhole(blocks[0].index_select(1, some), prediction, frame).flatten(1)
+        x, y = u / z, v / z
+        inside = ((z > 0) & (x >= 0) & (y >= 0) & (x < W) & (y < H)).nonzero()[:, 0]
+        x, y, z = (values.index_select(0, inside) for values in (x, y, z))
+        point = (some[:, None] * BLOCK + torch.arange(BLOCK)).flatten().index_select(0, inside)
+        found.append([point, y.long() * W + x.long(), z])
+    point, pixel, z = map(torch.cat, zip(*found, strict=True))
+    return point, pixel, z
+
+
+def _pinhole(xyz: Tensor, prediction: Prediction, frame: int) -> Tensor:
+    """[3, ...] x z, y z and z of the pixels (x, y) and z-depth of points [3, ...]."""
+    cameras = prediction.cameras
+    matrix = (cameras.intrinsics[frame].double() @ cameras.extrinsics[frame].double()).float()
+    return torch.addmm(matrix[:, 3:], matrix[:, :3], xyz.flatten(1)).view(xyz.shape)
+
+
+def _agreeing(
+    xyz: Tensor, prediction: Prediction, frame: int, joined: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Those of the joined points and pixels that agree with the moved points `xyz` too."""
+    point, pixel = joined
+    H, W = prediction.depth.shape[1:]
+    u, v, z = _pinhole(xyz.index_select(0, point).T, prediction, frame)
+    x, y = pixel_centers((H, W), xyz).flatten(0, 1).index_select(0, pixel).unbind(-1)
+    relative = prediction.depth[frame].flatten().index_select(0, pixel) / z - 1
+    agrees = (relative.abs() <= AGREEMENT) & ((u / z - x).abs() <= 1) & ((v / z - y).abs() <= 1)
+    return point[agrees], pixel[agrees]
+
+
+def _tracks(
+    xyz: Tensor, joined: list[tuple[Tensor, Tensor]], lengths: Tensor, images: ImageSet
+) -> Tracks:
+    """Tracks of the points whose lengths [n] are not 0, of pixels as source pixels.
+
+    xyz: of these points alone.
+    """
+    free = lengths.cumsum(0) - lengths  # [n] the place of each point's next observation
+    centers = pixel_centers(images.size, xyz).double().flatten(0, 1)
+    frames = torch.empty(int(lengths.sum()), dtype=torch.int32)
+    xy = torch.empty(len(frames), 2)
+    for frame, (point, pixel) in enumerate(joined):
+        shown = lengths.index_select(0, point) > 0
+        point, pixel = point[shown], pixel[shown]
+        to_source = images.source_from_network[frame]
+        scale, shift = torch.diagonal(to_source)[:2], to_source[:2, 2]
+        place = free.index_select(0, point)
+        frames[place] = frame
+        xy[place] = (centers * scale + shift).float().index_select(0, pixel)
+        free[point] += 1  # a point is there but once in a frame
+    point = torch.repeat_interleave(torch.arange(len(xyz)), lengths[lengths > 0])
+    return Tracks(xyz, point, frames, xy)
+
+
+def _lengths(seeds: _Seeds, prediction: Prediction) -> list[int]:
+    """How many seeds each frame has."""
+    counts: list[int] = torch.bincount(seeds.frame, minlength=len(prediction)).tolist()
+    return counts
 
 
 def _points_of_frame(prediction: Prediction, frame: int) -> Tensor:  # [H, W, 3]
     cameras, depth = prediction.cameras, prediction.depth[frame].float()
     return unproject(depth, cameras.intrinsics[frame], cameras.extrinsics[frame])
-
-
-def _tracks(
-    xyz: Tensor,
-    joined: list[tuple[Tensor, Tensor]],
-    prediction: Prediction,
-    images: ImageSet,
-) -> Tracks:
-    """The joined pixels that agree with the moved points `xyz` too, as source pixels."""
-    W = prediction.depth.shape[2]
-    points, frames, places = [], [], []
-    for frame, (point, pixel) in enumerate(joined):
-        intrinsics = prediction.cameras.intrinsics[frame]
-        at, z = project(xyz[None, point], intrinsics, prediction.cameras.extrinsics[frame])
-        center = torch.stack([pixel % W, pixel // W], -1) + 0.5
-        relative = prediction.depth[frame].flatten()[pixel] / z[0] - 1
-        agrees = (relative.abs() <= AGREEMENT) & ((at[0] - center).abs() <= 1).all(-1)
-        points.append(point[agrees])
-        frames.append(torch.full((int(agrees.sum()),), frame, dtype=torch.int32))
-        to_source = images.source_from_network[frame]
-        scale, shift = torch.diagonal(to_source)[:2], to_source[:2, 2]
-        places.append((center[agrees].double() * scale + shift).float())
-    order = torch.cat(points).argsort(stable=True)
-    return Tracks(xyz, torch.cat(points)[order], torch.cat(frames)[order], torch.cat(places)[order])
