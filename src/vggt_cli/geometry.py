@@ -129,7 +129,6 @@ def surface_normals(points: Tensor, center: Tensor) -> Tensor:
     return (normals / length).permute(1, 2, 0).contiguous()
 
 
-
 def project(points: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels [..., H, W, 2] and z-depth [..., H, W] of world points [..., H, W, 3].
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from vggt_cli.reconstruction.trust import confident_pixels, marked
 from vggt_cli.scene import ImageSet, PointCloud, Prediction, Tracks
 
 log = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 AGREEMENT = 0.02  # of the point's depth: within it a pixel's own depth joins the point
 SEEN_THROUGH = 0.10  # a pixel this much deeper than the point speaks against it
@@ -32,8 +35,10 @@ IN_CACHE = 2**15  # points worked on at a time: they stay in the cache, of one t
 BLOCK = 2**10  # points that a frame looks at, or not, together
 CANDIDATES = 4  # pixels looked at for each point of the budget
 COUNTED = 2**15  # voxels of a budget that are counted to find their edge; of fewer all
-UNSURE = 2**24 - 1  # bits of a key that order the seeds of one voxel
-FACTORS = (0x2545F4914F6CDD1D, 0x5851F42D4C957F2D, 0x369DEA0F31A53F85)  # odd, without pattern
+UNSURE = 2**24 - 1  # bits of a key, of confidence to 1 in 65,536: they order a voxel's seeds
+FACTORS = torch.tensor(  # odd, without pattern
+    [[0x9E3779B97F4A7C1], [0x2545F4914F6CDD1D], [0x5851F42D4C957F2D], [0x369DEA0F31A53F85]]
+)
 
 
 @dataclass(frozen=True)
@@ -84,29 +89,35 @@ def _candidates(
     """Seeds at trusted pixels of all frames, at most about CANDIDATES for each point allowed."""
     trusted = sum(int((marks[some] == 2).sum()) for some in room.chunks(prediction))
     share = CANDIDATES * options.points / trusted
-    random = torch.Generator().manual_seed(options.seed)
 
-    def chosen(frame: int) -> Tensor:
-        chance = torch.rand(marks[frame].shape, generator=random)
-        return _where((marks[frame] == 2) & (chance < share))
+    def look(frame: int) -> _Seeds:
+        pixel = _where(marks[frame] == 2)
+        if share < 1:
+            random = torch.Generator().manual_seed(options.seed + frame)
+            pixel = pixel[_where(torch.rand(len(pixel), generator=random) < share)]
+        depth = prediction.depth[frame].flatten().index_select(0, pixel).float()
+        return _Seeds(
+            _points_of_frame(prediction, frame).flatten(1).index_select(1, pixel),
+            prediction.confidence[frame].flatten().index_select(0, pixel).float(),
+            depth / prediction.cameras.intrinsics[frame, 0, 0],
+            torch.full_like(pixel, frame, dtype=torch.int32),
+            pixel,
+        )
 
-    parts: list[_Seeds] = []
+    parts = [vars(part).values() for part in _of_frames(pool, look, prediction)]
+    return _Seeds(*(torch.cat(values, -1) for values in zip(*parts, strict=True)))
+
+
+def _of_frames(
+    pool: ThreadPoolExecutor,
+    look: Callable[..., Found],
+    prediction: Prediction,
+    *given: Sequence[object],
+) -> Iterator[Found]:
+    """`look` at each frame, called with its number and what is `given` for it, in order."""
     for some in room.chunks(prediction, AHEAD):
         frames = range(some.start, some.stop)
-        pixels = [chosen(frame) for frame in frames]  # in order: random numbers are
-        parts += pool.map(partial(_seeds_of_frame, prediction), frames, pixels)
-    return _Seeds(*(torch.cat(x, -1) for x in zip(*(vars(p).values() for p in parts), strict=True)))
-
-
-def _seeds_of_frame(prediction: Prediction, frame: int, pixel: Tensor) -> _Seeds:
-    depth = prediction.depth[frame].flatten().index_select(0, pixel).float()
-    return _Seeds(
-        _planes(_points_of_frame(prediction, frame)).index_select(1, pixel),
-        prediction.confidence[frame].flatten().index_select(0, pixel).float(),
-        depth / prediction.cameras.intrinsics[frame, 0, 0],
-        torch.full_like(pixel, frame, dtype=torch.int32),
-        pixel,
-    )
+        yield from pool.map(look, frames, *(values[some] for values in given))
 
 
 def _thin_out(seeds: _Seeds, budget: int, pool: ThreadPoolExecutor) -> _Seeds:
@@ -119,7 +130,7 @@ def _thin_out(seeds: _Seeds, budget: int, pool: ThreadPoolExecutor) -> _Seeds:
     edge, slope = 1.0, -2.0  # in footprints; of the logarithm of the count: a surface's
 
     def over() -> float:
-        some = key[key < 2**64 // every - 2**63 - 1] // (UNSURE + 1)
+        some = key[key < 2**64 // every - 2**63 - 1] & ~UNSURE
         return math.log(max(1, len(some.unique())) * every / budget)
 
     key = _keys(seeds, edge, pool)
@@ -133,8 +144,8 @@ def _thin_out(seeds: _Seeds, budget: int, pool: ThreadPoolExecutor) -> _Seeds:
             break
         slope = min(max((excess - before) / step, -3.0), -1.0)
     ordered, index = key.sort(stable=True)
-    first = torch.ones(len(key), dtype=torch.bool)
-    first[1:] = ordered[1:] ^ ordered[:-1] > UNSURE
+    voxel, first = ordered & ~UNSURE, torch.ones(len(key), dtype=torch.bool)
+    first[1:] = voxel[1:] != voxel[:-1]
     return seeds[index[first][:budget].sort().values]
 
 
@@ -149,12 +160,10 @@ def _keys(seeds: _Seeds, edge: float, pool: ThreadPoolExecutor) -> Tensor:
     def fill(start: int) -> None:
         some = slice(start, start + IN_CACHE)
         level = seeds.footprint[some].log2().round_()
-        cells = (seeds.xyz[:, some] * torch.exp2(-level).div_(edge)).floor_().long()
-        # Odd factors, wrapping in 64 bits: that two voxels share 40 bits is next to impossible.
-        voxel = level.long().mul_(0x9E3779B97F4A7C1)
-        for cell, factor in zip(cells, FACTORS, strict=True):
-            voxel.add_(cell.mul_(factor))
-        voxel = (voxel ^ (voxel >> 32)).mul_(0x9E3779B97F4A7C1)
+        cells = (seeds.xyz[:, some] * torch.exp2(-level).div_(edge)).floor_()
+        # Wrapping in 64 bits: that two voxels share the upper 40 is next to impossible.
+        voxel = (torch.cat([level[None], cells]).long() * FACTORS).sum(0)
+        voxel = (voxel ^ (voxel >> 32)) * FACTORS[0]
         unsure = UNSURE - (seeds.confidence[some].view(torch.int32) >> 7)
         key[some] = (voxel & ~UNSURE) | unsure
 
@@ -167,16 +176,14 @@ def _cloud(
 ) -> PointCloud:
     """The seeds with what is known of their pixels."""
 
-    def look(frame: int, pixel: Tensor) -> tuple[Tensor, Tensor]:
-        points = _points_of_frame(prediction, frame)
+    def look(frame: int, own: Tensor) -> tuple[Tensor, Tensor]:
+        points = _points_of_frame(prediction, frame).permute(1, 2, 0)
         normals = surface_normals(points, prediction.cameras.centers[frame]).flatten(0, 1)
+        pixel = seeds.pixel.index_select(0, own)
         rgb = images.pixels[frame].flatten(1).index_select(1, pixel).T
         return normals.index_select(0, pixel), (rgb * 255).round().to(torch.uint8)
 
-    pixels = seeds.pixel.split(_lengths(seeds, prediction))
-    parts: list[tuple[Tensor, Tensor]] = []
-    for some in room.chunks(prediction, AHEAD):
-        parts += pool.map(look, range(some.start, some.stop), pixels[some])
+    parts = _of_frames(pool, look, prediction, _own(seeds, prediction))
     normals, rgb = map(torch.cat, zip(*parts, strict=True))
     return PointCloud(seeds.xyz.T.contiguous(), normals, rgb, seeds.confidence)
 
@@ -201,24 +208,20 @@ def _observe(
 ) -> PointCloud:
     """The points moved to the mean of the pixels that see them, with these as observations."""
     n = len(cloud)
-    own = torch.arange(n).split(_lengths(seeds, prediction))
     look = partial(_sighting, _in_blocks(seeds.xyz), seeds, prediction, marks)
     joined: list[tuple[Tensor, Tensor]] = []  # per frame: points, and the pixel that joins each
     against, for_it = torch.zeros(n, dtype=torch.int32), torch.zeros(n, dtype=torch.int64)
     total = torch.zeros(4, n, dtype=torch.float64)
-    for some in room.chunks(prediction, AHEAD):
-        for seen in pool.map(look, range(some.start, some.stop), own[some]):
-            against[seen.against] += 1
-            total.scatter_add_(1, seen.point.expand(4, -1), seen.place)
-            joined.append((seen.point, seen.pixel))
+    for seen in _of_frames(pool, look, prediction, _own(seeds, prediction)):
+        against[seen.against] += 1
+        total.scatter_add_(1, seen.point.expand(4, -1), seen.place)
+        joined.append((seen.point, seen.pixel))
     xyz = (total[:3] / total[3]).float()
     centers = pixel_centers(images.size, xyz).flatten(0, 1)
     check = partial(_agreeing, xyz, centers.T.contiguous(), prediction)
-    for some in room.chunks(prediction, AHEAD):
-        frames = range(some.start, some.stop)
-        for frame, agreed in zip(frames, pool.map(check, frames, joined[some]), strict=True):
-            joined[frame] = agreed
-            for_it.scatter_add_(0, agreed[0], torch.ones_like(agreed[0]))
+    for frame, agreed in enumerate(_of_frames(pool, check, prediction, joined)):
+        joined[frame] = agreed
+        for_it.scatter_add_(0, agreed[0], torch.ones_like(agreed[0]))
     kept = (for_it > 0) & (against <= for_it)
     if not kept.any():  # the frames contradict each other everywhere: rough points, not none
         kept = for_it > 0
@@ -257,8 +260,8 @@ def _sighting(
     joins = _where((relative.abs() <= AGREEMENT) & (seeds.frame.index_select(0, point) != frame))
     point = torch.cat([point.index_select(0, joins), own])
     pixel = torch.cat([pixel.index_select(0, joins), seeds.pixel.index_select(0, own)])
-    confidence = prediction.confidence[frame].float().view(1, -1)
-    places = torch.cat([_planes(_points_of_frame(prediction, frame)) * confidence, confidence])
+    confidence = prediction.confidence[frame].float()[None]
+    places = torch.cat([_points_of_frame(prediction, frame) * confidence, confidence]).flatten(1)
     return _Sighting(point, pixel, places.index_select(1, pixel).double(), against)
 
 
@@ -271,8 +274,8 @@ def _seen(
     # A box is out of the frame if its corners are all beyond one side, here a pixel further out.
     sides = torch.stack([z, u + z, v + z, (W + 1) * z - u, (H + 1) * z - v])
     near = _where((sides > 0).any(-1).all(0))
-    found = [[near[:0], near[:0], z[:0, 0]]]  # of no block
-    for some in near.split(max(1, IN_CACHE // BLOCK)):
+    found = []
+    for some in near.split(IN_CACHE // BLOCK):  # of no block one empty part
         u, v, z = _pinhole(blocks[0].index_select(1, some), prediction, frame).flatten(1)
         x, y = u / z, v / z
         inside = _where((z > 0) & (x >= 0) & (y >= 0) & (x < W) & (y < H))
@@ -293,10 +296,7 @@ def _pinhole(xyz: Tensor, prediction: Prediction, frame: int) -> Tensor:
 def _agreeing(
     xyz: Tensor, centers: Tensor, prediction: Prediction, frame: int, joined: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Those of the joined points and pixels that agree with the moved points `xyz` [3, N] too.
-
-    centers: [2, H W] of the pixels.
-    """
+    """Those of the joined points and pixels (`centers` [2, H W]) that agree with `xyz` [3, N]."""
     point, pixel = joined
     u, v, z = _pinhole(xyz.index_select(1, point), prediction, frame)
     x, y = centers.index_select(1, pixel)
@@ -309,10 +309,7 @@ def _agreeing(
 def _tracks(
     xyz: Tensor, joined: list[tuple[Tensor, Tensor]], lengths: Tensor, images: ImageSet
 ) -> Tracks:
-    """Tracks of the points whose `lengths` [N] are not 0: the `joined` pixels, in source pixels.
-
-    xyz: [n, 3] of these points alone.
-    """
+    """Tracks of the points `xyz` [n, 3], those of all whose `lengths` [N] are not 0."""
     free = lengths.cumsum(0) - lengths  # [N] where the next observation of each point goes
     centers = pixel_centers(images.size, xyz).double().flatten(0, 1)
     frames = torch.empty(int(lengths.sum()), dtype=torch.int32)
@@ -332,20 +329,17 @@ def _tracks(
     return Tracks(xyz, point, frames, xy)
 
 
-def _lengths(seeds: _Seeds, prediction: Prediction) -> list[int]:
-    """How many seeds each frame has."""
-    counts: list[int] = torch.bincount(seeds.frame, minlength=len(prediction)).tolist()
-    return counts
+def _own(seeds: _Seeds, prediction: Prediction) -> tuple[Tensor, ...]:
+    """The numbers of each frame's seeds."""
+    counts = torch.bincount(seeds.frame, minlength=len(prediction)).tolist()
+    own: tuple[Tensor, ...] = torch.arange(len(seeds.frame)).split(counts)
+    return own
 
 
-def _points_of_frame(prediction: Prediction, frame: int) -> Tensor:  # [H, W, 3]
+def _points_of_frame(prediction: Prediction, frame: int) -> Tensor:  # [3, H, W]
     cameras, depth = prediction.cameras, prediction.depth[frame].float()
-    return unproject(depth, cameras.intrinsics[frame], cameras.extrinsics[frame])
-
-
-def _planes(points: Tensor) -> Tensor:
-    """[3, H W] of points [H, W, 3]: whatever is done to them takes half the time."""
-    return points.permute(2, 0, 1).flatten(1)
+    points = unproject(depth, cameras.intrinsics[frame], cameras.extrinsics[frame])
+    return points.permute(2, 0, 1).contiguous()  # planes: all that follows takes half the time
 
 
 def _where(mask: Tensor) -> Tensor:
