@@ -64,6 +64,7 @@ def fuse(
     """
     marks = marked(prediction, confident_pixels(prediction, images, options.confidence))
     with one_thread_each() as pool:
+        torch.set_num_threads(1)  # here too, in steps as small, until the pool's end
         seeds = _thin_out(_candidates(prediction, marks, options, pool), options.points, pool)
         cloud = _cloud(seeds, prediction, images, pool)
         return _observe(seeds, cloud, prediction, images, marks, pool) if observe else cloud

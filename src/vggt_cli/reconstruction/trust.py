@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vggt_cli.device import one_thread_each
 from vggt_cli.errors import GeometryError
 from vggt_cli.formats import room
 from vggt_cli.scene import ImageSet, Prediction
@@ -67,9 +68,13 @@ def _edge_limit(depth: Tensor, valid: Tensor) -> float:
 def _varies(depth: Tensor) -> Tensor:
     """[S, H, W] how much depth [S, H, W] differs within 3 x 3 pixels, of itself."""
     result = torch.empty(depth.shape)
-    for one, into in zip(depth, result, strict=True):
-        there = one.float()
-        torch.add(_largest_around(there), _largest_around(-there), out=into).div_(there)
+
+    def fill(frame: int) -> None:
+        there = depth[frame].float()
+        torch.add(_largest_around(there), _largest_around(-there), out=result[frame]).div_(there)
+
+    with one_thread_each() as pool:
+        list(pool.map(fill, range(len(depth))))
     return result
 
 
