@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -92,15 +92,14 @@ def _candidates(
     share = CANDIDATES * options.points / trusted
 
     def look(frame: int) -> _Seeds:
-        pixel = _where(marks[frame] == 2)
-        if share < 1:
-            random = torch.Generator().manual_seed(options.seed + frame)
-            pixel = pixel[_where(torch.rand(len(pixel), generator=random) < share)]
-        depth = prediction.depth[frame].flatten().index_select(0, pixel).float()
+        random, pixel = torch.Generator(), _where(marks[frame] == 2)
+        chance = torch.rand(len(pixel), generator=random.manual_seed(options.seed + frame))
+        pixel = pixel.index_select(0, _where(chance < share))
+        xyz, z = _places(prediction, frame, pixel)
         return _Seeds(
-            _points_of_frame(prediction, frame).flatten(1).index_select(1, pixel),
+            xyz,
             prediction.confidence[frame].flatten().index_select(0, pixel).float(),
-            depth / prediction.cameras.intrinsics[frame, 0, 0],
+            z / prediction.cameras.intrinsics[frame, 0, 0],
             torch.full_like(pixel, frame, dtype=torch.int32),
             pixel,
         )
@@ -110,15 +109,11 @@ def _candidates(
 
 
 def _of_frames(
-    pool: ThreadPoolExecutor,
-    look: Callable[..., Found],
-    prediction: Prediction,
-    *given: Sequence[object],
+    pool: ThreadPoolExecutor, look: Callable[..., Found], prediction: Prediction, *of: Sequence[Any]
 ) -> Iterator[Found]:
-    """`look` at each frame, called with its number and what is `given` for it, in order."""
+    """`look` at each frame in order, called with its number and what `of` holds for it."""
     for some in room.chunks(prediction, AHEAD):
-        frames = range(some.start, some.stop)
-        yield from pool.map(look, frames, *(values[some] for values in given))
+        yield from pool.map(look, range(some.start, some.stop), *(each[some] for each in of))
 
 
 def _thin_out(seeds: _Seeds, budget: int, pool: ThreadPoolExecutor) -> _Seeds:
@@ -178,8 +173,9 @@ def _cloud(
     """The seeds with what is known of their pixels."""
 
     def look(frame: int, own: Tensor) -> tuple[Tensor, Tensor]:
-        points = _points_of_frame(prediction, frame).permute(1, 2, 0)
-        normals = surface_normals(points, prediction.cameras.centers[frame]).flatten(0, 1)
+        cameras, depth = prediction.cameras, prediction.depth[frame].float()
+        points = unproject(depth, cameras.intrinsics[frame], cameras.extrinsics[frame])
+        normals = surface_normals(points, cameras.centers[frame]).flatten(0, 1)
         pixel = seeds.pixel.index_select(0, own)
         rgb = images.pixels[frame].flatten(1).index_select(1, pixel).T
         return normals.index_select(0, pixel), (rgb * 255).round().to(torch.uint8)
@@ -228,9 +224,8 @@ def _observe(
         kept = for_it > 0
     log.debug("points that other frames look through, dropped: %d of %d", int((~kept).sum()), n)
     tracks = _tracks(xyz.T[kept], joined, torch.where(kept, for_it, 0), images)
-    return PointCloud(
-        tracks.xyz, cloud.normals[kept], cloud.rgb[kept], cloud.confidence[kept], tracks
-    )
+    normals, rgb, sure = (x[kept] for x in (cloud.normals, cloud.rgb, cloud.confidence))
+    return PointCloud(tracks.xyz, normals, rgb, sure, tracks)
 
 
 def _in_blocks(xyz: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,8 +233,7 @@ def _in_blocks(xyz: Tensor) -> tuple[Tensor, Tensor]:
     blocks = F.pad(xyz, (0, -xyz.shape[1] % BLOCK), value=torch.nan).view(3, -1, BLOCK)
     ends = blocks.nan_to_num(torch.inf).amin(-1), blocks.nan_to_num(-torch.inf).amax(-1)
     x, y, z = zip(*ends, strict=True)
-    corners = [torch.stack(corner) for corner in itertools.product(x, y, z)]
-    return blocks, torch.stack(corners, -1)
+    return blocks, torch.stack([torch.stack(ends) for ends in itertools.product(x, y, z)], -1)
 
 
 def _sighting(
@@ -250,10 +244,7 @@ def _sighting(
     frame: int,
     own: Tensor,
 ) -> _Sighting:
-    """own: [n] int64 the seeds of the frame, each of which its own pixel joins in any case.
-
-    Projecting a seed back may round into the neighbouring pixel.
-    """
+    """`own`, seeds of the frame, are joined by their pixels: projected they may round beside."""
     point, pixel, z = _seen(blocks, prediction, frame)
     sure = torch.where(marks[frame] > 0, prediction.depth[frame].float(), torch.nan)
     relative = sure.flatten().index_select(0, pixel) / z - 1
@@ -261,9 +252,10 @@ def _sighting(
     joins = _where((relative.abs() <= AGREEMENT) & (seeds.frame.index_select(0, point) != frame))
     point = torch.cat([point.index_select(0, joins), own])
     pixel = torch.cat([pixel.index_select(0, joins), seeds.pixel.index_select(0, own)])
-    confidence = prediction.confidence[frame].float()[None]
-    places = torch.cat([_points_of_frame(prediction, frame) * confidence, confidence]).flatten(1)
-    return _Sighting(point, pixel, places.index_select(1, pixel).double(), against)
+    confidence = prediction.confidence[frame].flatten().index_select(0, pixel).float()[None]
+    xyz, _ = _places(prediction, frame, pixel)
+    place = torch.cat([xyz * confidence, confidence]).double()
+    return _Sighting(point, pixel, place, against)
 
 
 def _seen(
@@ -289,8 +281,7 @@ def _seen(
 
 def _pinhole(xyz: Tensor, prediction: Prediction, frame: int) -> Tensor:
     """[3, ...] x z, y z and z of the pixels (x, y) and z-depth of points [3, ...]."""
-    cameras = prediction.cameras
-    matrix = (cameras.intrinsics[frame].double() @ cameras.extrinsics[frame].double()).float()
+    matrix = _matrix(prediction, frame).float()
     return torch.addmm(matrix[:, 3:], matrix[:, :3], xyz.flatten(1)).view(xyz.shape)
 
 
@@ -333,14 +324,23 @@ def _tracks(
 def _own(seeds: _Seeds, prediction: Prediction) -> tuple[Tensor, ...]:
     """The numbers of each frame's seeds."""
     counts = torch.bincount(seeds.frame, minlength=len(prediction)).tolist()
-    own: tuple[Tensor, ...] = torch.arange(len(seeds.frame)).split(counts)
-    return own
+    return torch.split(torch.arange(len(seeds.frame)), counts)
 
 
-def _points_of_frame(prediction: Prediction, frame: int) -> Tensor:  # [3, H, W]
-    cameras, depth = prediction.cameras, prediction.depth[frame].float()
-    points = unproject(depth, cameras.intrinsics[frame], cameras.extrinsics[frame])
-    return points.permute(2, 0, 1).contiguous()  # planes: all that follows takes half the time
+def _places(prediction: Prediction, frame: int, pixel: Tensor) -> tuple[Tensor, Tensor]:
+    """World points [3, n] of pixels [n] of a frame, and their z-depth [n]."""
+    z = prediction.depth[frame].flatten().index_select(0, pixel).float()
+    W = prediction.depth.shape[2]
+    x, y = pixel % W + 0.5, pixel // W + 0.5
+    turn, shift = _matrix(prediction, frame).split([3, 1], 1)
+    back = turn.inverse()
+    return torch.addmm((-back @ shift).float(), back.float(), torch.stack([x * z, y * z, z])), z
+
+
+def _matrix(prediction: Prediction, frame: int) -> Tensor:
+    """[3, 4] float64 x z, y z, z of pixels (x, y) and z-depth from world points."""
+    cameras = prediction.cameras
+    return cameras.intrinsics[frame].double() @ cameras.extrinsics[frame].double()
 
 
 def _where(mask: Tensor) -> Tensor:
