@@ -157,7 +157,7 @@ def _keys(seeds: _Seeds, edge: float, pool: ThreadPoolExecutor) -> Tensor:
         some = slice(start, start + IN_CACHE)
         level = seeds.footprint[some].log2().round_()
         cells = (seeds.xyz[:, some] * torch.exp2(-level).div_(edge)).floor_()
-        # Wrapping in 64 bits: that two voxels share the upper 40 is next to impossible.
+        # Wrapping in 64 bits. Of millions of voxels one or two share the upper 40: a point is lost.
         voxel = (torch.cat([level[None], cells]).long() * FACTORS).sum(0)
         voxel = (voxel ^ (voxel >> 32)) * FACTORS[0]
         unsure = UNSURE - (seeds.confidence[some].view(torch.int32) >> 7)
