@@ -1,7 +1,7 @@
 """Measures what each step of a run costs here, and writes the constants that plans are made of.
 
 python benchmarks/calibrate.py            mini, and all steps that no network changes
-python benchmarks/calibrate.py NAME...    published networks (vggt weights list), filled with numbers
+python benchmarks/calibrate.py NAME...    published networks (vggt weights list), weights filled
 
 Runs whole reconstructions of rendered photos in processes of their own, fits the constants of
 `plan.amounts` to the seconds and the peak memory of each step, and says how far they are off on

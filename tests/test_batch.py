@@ -15,8 +15,10 @@ import killed_batch
 import pytest
 from PIL import Image
 from test_cli import refused, vggt
+from typer.testing import CliRunner, Result
 
 from vggt_cli import cli_batch
+from vggt_cli.cli import app
 from vggt_cli.errors import InputError, OutputError
 from vggt_cli.formats import scene_read
 from vggt_cli.formats.claims import claimed
@@ -354,8 +356,8 @@ def test_workers_end_with_a_parent_that_is_killed_and_their_scenes_are_free(
     photos: Path, tmp_path: Path
 ) -> None:
     jobs = write_jobs(tmp_path / "jobs.jsonl", photos, 4)
-    command = ("batch", jobs, "--model", "mini", "--workers", "2", "-q")
-    with begun(*command) as process:
+    command = ("batch", jobs, "--model", "mini", "-q")
+    with begun(*command, "--workers", 2) as process:
         assert process.stdout is not None
         process.stdout.readline()  # both are at work
         process.kill()
@@ -407,13 +409,17 @@ def test_each_of_several_inputs_becomes_a_scene_under_out(photos: Path, tmp_path
     other.mkdir()
     with Image.open(photos / "left.png") as photo:
         photo.save(other / "1.png")
-    options = ("--model", "mini", "--refine", "none", "--resume")
-    run = vggt("reconstruct", photos, other, "--out", tmp_path / "scenes", *options)
-    assert run.returncode == 0, run.stderr
+
+    def reconstruct(*arguments: object) -> Result:
+        options = ("--model", "mini", "--device", "cpu", "--refine", "none", "--resume")
+        done = CliRunner().invoke(app, ["reconstruct", *map(str, arguments), *options])
+        assert done.exit_code == 0, done.output
+        return done
+
+    run = reconstruct(photos, other, "--out", tmp_path / "scenes")
     assert run.stdout.split() == [str(tmp_path / f"scenes/{name}") for name in ("photos", "other")]
     before = (tmp_path / "scenes/other/report.json").read_bytes()
-    alone = vggt("reconstruct", other, "--out", tmp_path / "scenes/other", *options)
-    assert alone.returncode == 0, alone.stderr
+    reconstruct(other, "--out", tmp_path / "scenes/other")
     assert (tmp_path / "scenes/other/report.json").read_bytes() == before
     with pytest.raises(InputError, match="two inputs"):
         cli_batch.one_each([str(photos), f"elsewhere/{photos.name}"], tmp_path)

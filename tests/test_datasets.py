@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vggt_cli.errors import InputError
 from vggt_cli.formats import colmap, export
+from vggt_cli.formats.colmap_read import locate
 from vggt_cli.geometry import project, resize, unproject
 from vggt_cli.learning import synthetic
 from vggt_cli.learning.datasets import PhotoScene, open_scene
@@ -251,6 +252,20 @@ def test_frames_that_are_drawn_share_points(rendered: Sample, tmp_path: Path) ->
     with pytest.raises(InputError, match="no 5 frames with depth that overlap"):
         scene.draw(random, 5)
     assert not scene.sample([6], SIZE).valid.any()
+
+
+def test_a_reference_is_the_truth_beside_another_model_which_else_goes_first(
+    rendered: Sample, tmp_path: Path
+) -> None:
+    write_dense_workspace(rendered, tmp_path)
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "sparse/0").mkdir()
+    assert locate(tmp_path) == tmp_path / "sparse"  # an empty folder is no model
+    for part in ("cameras.bin", "images.bin", "points3D.bin"):
+        (tmp_path / "sparse" / part).rename(tmp_path / "reference" / part)
+        (tmp_path / "sparse/0" / part).write_bytes(b"another")
+    assert locate(tmp_path) == tmp_path / "sparse/0"
+    assert len(open_scene(tmp_path)) == S
 
 
 def test_what_is_wrong_is_named(rendered: Sample, tmp_path: Path) -> None:

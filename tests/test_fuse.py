@@ -1,6 +1,7 @@
 """Fusion: which pixels become points, what they observe, and the two laws with true depth."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from wall import EVERYTHING, H, S, W, wall
 
 from vggt_cli.errors import GeometryError
 from vggt_cli.formats import room
-from vggt_cli.geometry import project_tracks, surface_normals, unproject
+from vggt_cli.geometry import project, project_tracks, surface_normals, unproject
 from vggt_cli.reconstruction import fuse as fuse_module
 from vggt_cli.reconstruction import trust
 from vggt_cli.reconstruction.fuse import (
     AGREEMENT,
+    _in_blocks,
+    _Seeds,
+    _seen,
+    _thin_out,
     fuse,
 )
 from vggt_cli.reconstruction.trust import confident_pixels, depth_edges
@@ -49,6 +54,58 @@ def test_an_observation_is_a_pixel_centre_of_the_source_near_the_projection() ->
     pairs = torch.stack([tracks.point, tracks.frame.long()], -1)
     assert len(pairs.unique(dim=0)) == len(pairs)  # at most one pixel per frame
     assert (tracks.point.diff() >= 0).all()
+
+
+def seeds(count: int, footprint: float = 1.0) -> _Seeds:
+    """Seeds on the walls of a cube of side 2, of a random confidence."""
+    random = torch.Generator().manual_seed(0)
+    xyz = 2 * torch.rand(3, count, generator=random) - 1
+    xyz[torch.randint(3, (count,), generator=random), torch.arange(count)] = 0.99
+    confidence = 1 + torch.randperm(count, generator=random) / 2**12
+    size = torch.full((count,), footprint)
+    return _Seeds(xyz, confidence, size, torch.zeros(count, dtype=torch.int32), torch.arange(count))
+
+
+def test_the_surest_seed_of_each_voxel_stays() -> None:
+    given = seeds(3000, 1 / 16)
+    surest: dict[tuple[float, ...], int] = {}
+    for i in given.confidence.argsort().tolist():
+        surest[tuple((given.xyz[:, i] * 16).floor().tolist())] = i
+    with ThreadPoolExecutor(2) as pool:
+        kept = _thin_out(given, 3000, pool)
+    assert kept.pixel.tolist() == sorted(surest.values())
+
+
+@pytest.mark.parametrize("budget", [500, 5000])
+def test_counting_some_of_the_voxels_is_enough_for_the_budget(
+    budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuse_module, "COUNTED", 250)
+    with ThreadPoolExecutor(2) as pool:
+        kept = _thin_out(seeds(20_000, 1e-4), budget, pool)
+    assert 0.85 * budget <= len(kept.pixel) <= budget
+    assert (kept.pixel.diff() > 0).all()
+
+
+def test_a_frame_sees_the_points_that_project_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuse_module, "BLOCK", 16)
+    prediction, _ = wall()
+    xyz = 3 * seeds(1000).xyz[:, seeds(1000).xyz[0].argsort()]
+    looked_at = 0
+    for frame, turn in enumerate(torch.linspace(0, 5, S)):
+        c, s = turn.cos(), turn.sin()
+        rotation = torch.tensor([[c, 0, s], [0, 1, 0], [-s, 0, c]])
+        prediction.cameras.extrinsics[frame, :, :3] = rotation
+        K, E = prediction.cameras.intrinsics[frame], prediction.cameras.extrinsics[frame]
+        xy, z = project(xyz.T[None], K, E)
+        x, y = xy[0].unbind(-1)
+        expected = (z[0] > 0) & (x >= 0) & (y >= 0) & (x < W) & (y < H)
+        point, pixel, depth = _seen(_in_blocks(xyz), prediction, frame)
+        assert torch.equal(point, expected.nonzero()[:, 0])
+        assert torch.equal(pixel, (y.long() * W + x.long())[expected])
+        assert_close(depth, z[0, expected])
+        looked_at += len(point)
+    assert looked_at > 100
 
 
 @pytest.mark.parametrize("budget", [1, 10, 100, 400])
@@ -175,6 +232,7 @@ def test_how_many_frames_are_looked_at_at_once_changes_nothing(
     monkeypatch.setattr(room, "AT_ONCE", 1)
     monkeypatch.setattr(fuse_module, "AHEAD", 1)
     monkeypatch.setattr(fuse_module, "IN_CACHE", 7)
+    monkeypatch.setattr(fuse_module, "BLOCK", 3)
     again = fuse(*wall(), options)
     assert torch.equal(again.xyz, whole.xyz)
     assert again.observations is not None

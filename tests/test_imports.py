@@ -20,7 +20,7 @@ LAYER = {
     "reconstruction": 3,
     "learning": 4,  # may import reconstruction, never the reverse
     "terminal": 5,
-    "cli_weights": 5,
+    "cli_weights": 6,
     "cli_learning": 6,
     "cli_scenes": 6,
     "cli_check": 6,
@@ -81,7 +81,7 @@ BESIDE = {
             "points",
             "writers",
         },
-        "scene_read": {"colmap", "colmap_read", "images", "points", "writers"},
+        "scene_read": {"colmap", "colmap_read", "images", "masks", "points", "writers"},
         "claims": set(),
         "names": {"export", "files"},
         "priors": {"colmap", "colmap_read"},

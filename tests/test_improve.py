@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from test_cli import refused, vggt
 
+from vggt_cli.errors import InputError
 from vggt_cli.formats import colmap_read, export, scene_read
 from vggt_cli.geometry import (
     pixel_centers,
@@ -134,6 +135,17 @@ def test_a_finished_scene_is_refined_to_the_same_cameras(
     one, other = (s.prediction.cameras.extrinsics for s in (again, refined))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
     assert again.made_by.options["refine"] == "auto"
+
+
+def test_poses_that_were_to_be_kept_stay(rough: Scene) -> None:
+    known = {**rough.made_by.options, "keep_poses": True}
+    kept = replace(rough, made_by=replace(rough.made_by, options=known))
+    after = pipeline.refine(kept, RefineOptions())
+    assert torch.equal(after.prediction.cameras.extrinsics, rough.prediction.cameras.extrinsics)
+    assert after.refinement is not None
+    assert [row["pose"] for row in after.refinement.images] == ["given"] * 6
+    with pytest.raises(InputError, match="made with --keep-poses"):
+        pipeline.refine(kept, RefineOptions("sfm"))
 
 
 def test_photos_that_say_nothing_keep_the_prediction(tmp_path: Path) -> None:

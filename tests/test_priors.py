@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +14,20 @@ from disturb import disturbed, from_first
 from posed import arc, noisy, tracks_of
 from test_similarity import drawn
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vggt_cli.errors import InputError
 from vggt_cli.formats import colmap, colmap_read
 from vggt_cli.formats.names import pair
 from vggt_cli.formats.priors import Lenses, Poses, read_intrinsics, read_poses
 from vggt_cli.geometry import invert, move, rotation_from_quaternion
+from vggt_cli.learning.metrics import relative_pose_errors
 from vggt_cli.reconstruction.priors import know, misread, place, question_intrinsics, refine_given
 from vggt_cli.reconstruction.readings import (
     AXES,
+    PAIRS,
     Reading,
+    disagreement,
     documented,
     mistake,
     predicted_witness,
@@ -399,6 +404,36 @@ def test_few_photos_without_tracks_only_warn() -> None:
     true = scattered(3)
     wrong = written(true, Reading(True, OPENCV), False)
     assert "not certain" in place(wrong, NAMES[:3], true).warnings[0]
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that is made meanwhile."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, (tuple, list)) else [made]:
+            self.numbers = max(self.numbers, one.numel() if isinstance(one, Tensor) else 0)
+        return made
+
+
+@pytest.mark.parametrize(("frames", "off"), [(2, 1e-9), (7, 1e-9), (300, 0.05)])
+def test_pairs_of_photos_disagree_by_their_median_of_all_or_of_many(
+    frames: int, off: float
+) -> None:
+    true = arc(frames).extrinsics.double()
+    other = disturbed(arc(frames), 20, 0.3).extrinsics.double()
+    rotation, direction = relative_pose_errors(other, true)
+    expected = float(torch.maximum(rotation, direction).quantile(0.5))
+    assert disagreement(other, true) == pytest.approx(expected, rel=off)
+
+
+def test_pairs_of_thousands_of_photos_are_never_all_listed() -> None:
+    true = arc(3000).extrinsics
+    with Largest() as largest:  # type: ignore[no-untyped-call]
+        disagreement(true, true)
+    assert largest.numbers < 20 * PAIRS  # of 4,498,500 pairs
 
 
 # Placed in the predicted world

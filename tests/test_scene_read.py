@@ -178,6 +178,25 @@ def test_a_model_of_others_comes_without_depth(scene: Scene, tmp_path: Path) -> 
     assert not scene_read.is_ours(tmp_path / "theirs")
 
 
+def test_masks_beside_the_photos_of_others_count_and_a_folder_of_something_else_does_not(
+    scene: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written(scene, tmp_path / "theirs")
+    masks = tmp_path / "theirs/masks"
+    (masks / "in").mkdir(parents=True)
+    mask = np.zeros((48, 64), np.uint8)
+    mask[:24] = 255
+    Image.fromarray(mask).save(masks / "in/b.png")
+    valid = scene_read.read_foreign(tmp_path / "theirs", None).images.valid
+    H = valid.shape[1]
+    assert valid[2, : H // 2].all()
+    assert not valid[2, H // 2 :].any()
+    assert valid[[0, 1, 3]].all()
+    (masks / "in/b.png").rename(masks / "classes.png")
+    assert scene_read.read_foreign(tmp_path / "theirs", None).images.valid.all()
+    assert "no mask of any photo" in caplog.text
+
+
 def test_images_without_photos_are_left_out_with_what_only_they_see(
     scene: Scene, tmp_path: Path
 ) -> None:

@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -129,6 +131,58 @@ def test_of_more_videos_than_frames_no_more_frames_are_left_than_asked(tmp_path:
     videos = [film(tmp_path / f"{i}.mp4", [0.0, 8.0]) for i in range(5)]
     _, frames, _ = extracted(tmp_path, videos, 3)
     assert [f.video for f in frames.values()] == ["0.mp4", "2.mp4", "4.mp4"]
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from vggt_cli.formats import video
+path = Path(sys.argv[1])
+found = video.as_photos(path.parent, [path], None, 5, lambda done, total: None)
+print(found[0], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_frames_of_a_killed_run_go_with_the_next_and_those_of_a_living_one_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = film(tmp_path / "a.mp4", [0.0, 8.0])
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    others = [
+        f"vggt-frames-{host}-abcdefgh/{state}"
+        for host, state in (
+            ("elsewhere", "locked"),
+            (f"{socket.gethostname()}-2", "locked"),
+            (socket.gethostname(), "frames"),
+        )
+    ]
+    for other in others:
+        (scratch / other).mkdir(parents=True)
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+
+    def run() -> subprocess.Popen[str]:
+        command, pipe = [sys.executable, "-c", HOLDS, str(path)], subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    with run() as one, run() as two:
+        assert one.stdout
+        assert two.stdout
+        killed, living = Path(one.stdout.readline()[:-1]), Path(two.stdout.readline()[:-1])
+        one.kill()
+        one.wait()
+        assert list(killed.iterdir())
+        folder, frames, _ = extracted(tmp_path, [path], 10)
+        assert not killed.parent.exists()
+        assert list(living.iterdir())
+        two.communicate()
+    assert not living.parent.exists()
+    del frames
+    gc.collect()
+    assert not folder.parent.exists()
+    assert sorted(str(p.relative_to(scratch)) for p in scratch.glob("*/*")) == sorted(others)
 
 
 @pytest.mark.parametrize("most", [1, 3, 5])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vggt_cli.errors import InputError
-from vggt_cli.terminal import Progress, speak
+from vggt_cli.terminal import Device, Progress, Quiet, Verbose, speak
 
 if TYPE_CHECKING:
     from vggt_cli.reconstruction.batch import How, Job
@@ -31,7 +31,7 @@ def batch(
     model: Annotated[
         str, typer.Option(help="Name of weights, a file, or auto; a job may have its own.")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    device: Device = "auto",
     resume: Annotated[
         bool,
         typer.Option(
@@ -52,10 +52,8 @@ def batch(
     shard: Annotated[
         str | None, typer.Option(metavar="i/n", help="Only that part of the jobs: for array jobs.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
-    verbose: Annotated[
-        int, typer.Option("--verbose", "-v", count=True, help="More words; -vv: tracebacks.")
-    ] = 0,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
 ) -> None:
     """Many scenes, one JSON line each on stdout as they end; a failure never stops the rest.
 

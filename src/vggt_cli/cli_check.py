@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vggt_cli.terminal import Json
+
 if TYPE_CHECKING:
     from vggt_cli.formats.check import Verdict
     from vggt_cli.formats.check_files import Files
@@ -39,7 +41,7 @@ def check(
         list[Consumer] | None,
         typer.Option("--for", help="Only this program; repeatable. Default: all of them."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """What COLMAP, 3DGS, gsplat, nerfstudio, Brush, OpenMVS and instant-ngp do with a scene.
 

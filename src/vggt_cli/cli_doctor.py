@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
+
+from vggt_cli.terminal import Json
 
 if TYPE_CHECKING:
     from vggt_cli.doctor import Fact
@@ -14,9 +16,7 @@ if TYPE_CHECKING:
 COLOURS = {"ok": "green", "note": "yellow", "broken": "red"}
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
-) -> None:
+def doctor(as_json: Json = False) -> None:
     """What this machine has for vggt, what would fail, and how to mend it.
 
     Looks at versions, devices, memory, codecs, weights and disks, and makes a scene of two made-up

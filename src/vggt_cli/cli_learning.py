@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vggt_cli.errors import InputError, MemoryExceeded
-from vggt_cli.terminal import Progress, speak
+from vggt_cli.terminal import Device, Json, Progress, Quiet, speak
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,7 @@ def train(
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Does the loss fall? A minute; needs no other option.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a network on rendered scenes or on your own; print the file of its weights.
 
@@ -182,7 +182,7 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Most sequences of a category (or scenes, scans) of --protocol."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    device: Device = "auto",
     sift: Annotated[bool, typer.Option(help="Two-view SIFT, given the true intrinsics.")] = True,
     method: Annotated[
         list[Method] | None,
@@ -191,8 +191,8 @@ def evaluate(
             "at full size, without intrinsics."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Errors of a network against known cameras, beside a constant prediction and SIFT.
 

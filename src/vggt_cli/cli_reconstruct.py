@@ -10,7 +10,18 @@ import typer
 
 from vggt_cli import cli_batch
 from vggt_cli.cli_scenes import Format
-from vggt_cli.terminal import Progress, diagnosed, print_plan, print_scene, speak
+from vggt_cli.terminal import (
+    Device,
+    OverwriteOut,
+    Progress,
+    Quiet,
+    ReportJson,
+    Verbose,
+    diagnosed,
+    print_plan,
+    print_scene,
+    speak,
+)
 
 
 class Camera(enum.StrEnum):
@@ -58,7 +69,7 @@ def reconstruct(
             help="Name of weights (see vggt weights list), a file, or auto: the best here."
         ),
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    device: Device = "auto",
     precision: Annotated[
         Precision,
         typer.Option(
@@ -162,9 +173,7 @@ def reconstruct(
     no_html: Annotated[
         bool, typer.Option("--no-html", help="Leave out scene.html, the page that shows it.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a scene at --out, once the new is whole.")
-    ] = False,
+    overwrite: OverwriteOut = False,
     resume: Annotated[
         bool,
         typer.Option(
@@ -178,18 +187,14 @@ def reconstruct(
         bool, typer.Option("--require-commercial", help="Refuse weights without commercial use.")
     ] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the report, not just the folder.")
-    ] = False,
+    as_json: ReportJson = False,
     seed: Annotated[int, typer.Option(help="Of the choice of pixels where there are many.")] = 0,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Say what would be done, memory and time; write nothing."),
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
-    verbose: Annotated[
-        int, typer.Option("--verbose", "-v", count=True, help="More words; -vv: tracebacks.")
-    ] = 0,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
 ) -> None:
     """Cameras, depth and points from photos or videos, as a COLMAP scene.
 

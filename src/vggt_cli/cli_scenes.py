@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vggt_cli.errors import InputError
-from vggt_cli.terminal import Progress, diagnosed, print_scene, speak
+from vggt_cli.terminal import (
+    Json,
+    OverwriteOut,
+    Progress,
+    Quiet,
+    ReportJson,
+    Verbose,
+    diagnosed,
+    print_scene,
+    speak,
+)
 
 if TYPE_CHECKING:
     from vggt_cli.learning.compare import Comparison
@@ -26,12 +36,12 @@ def compare(
     reference: Annotated[
         Path, typer.Argument(metavar="B", help=f"{MODEL} to measure against: its units are used.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Cameras and points of model A against model B of the same photos.
 
-    Photos are paired by file name. A scene's model is that in reference/, sparse/0/ or sparse/.
+    Photos are paired by file name. A scene's model is that in sparse/0/, sparse/ or reference/.
     Relative errors are of all pairs of photos; positions and points are compared after the
     similarity (turn, shift and scale) that brings A's optical centres closest to B's.
     """
@@ -127,17 +137,11 @@ def refine(
     method: Annotated[
         Method, typer.Option(help="ba: bundle adjustment, sfm: anew from matches, auto: the best.")
     ] = Method.auto,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a scene at --out, once the new is whole.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the report, not just the folder.")
-    ] = False,
+    overwrite: OverwriteOut = False,
+    as_json: ReportJson = False,
     seed: Annotated[int, typer.Option(help="Of the tracks held out, and of what is drawn.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
-    verbose: Annotated[
-        int, typer.Option("--verbose", "-v", count=True, help="More words; -vv: tracebacks.")
-    ] = 0,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
 ) -> None:
     """Correct the cameras of a finished scene by features of its photos at full size.
 
@@ -194,8 +198,8 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files of these formats.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Add further formats to a finished scene; no network runs. Prints what was written.
 

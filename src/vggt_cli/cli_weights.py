@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vggt_cli.terminal import Json
+
 if TYPE_CHECKING:
     from vggt_cli.models.catalog import Entry
     from vggt_cli.models.store import Progress
@@ -18,9 +20,7 @@ Name = Annotated[str, typer.Argument(help="As in `vggt weights list`.")]
 
 
 @app.command("list")
-def list_(
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
-) -> None:
+def list_(as_json: Json = False) -> None:
     """Weights that are known: licence, size, and where they are on this machine."""
     from vggt_cli.models.catalog import CATALOG
 

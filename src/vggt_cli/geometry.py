@@ -115,13 +115,18 @@ def unproject(depth: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> Tensor:
 
 def surface_normals(points: Tensor, center: Tensor) -> Tensor:
     """[H, W, 3] unit normals of a point map [H, W, 3], towards the camera at `center` [3]."""
-    across = torch.gradient(points, dim=1)[0] if points.shape[1] > 1 else torch.ones_like(points)
-    down = torch.gradient(points, dim=0)[0] if points.shape[0] > 1 else torch.ones_like(points)
-    normals = torch.linalg.cross(across, down)
-    to_camera = center - points
-    normals = torch.where((normals * to_camera).sum(-1, keepdim=True) < 0, -normals, normals)
-    flat = ~(normals.norm(dim=-1, keepdim=True) >= 1e-20)  # beside unknown depth: no number
-    return F.normalize(torch.where(flat, to_camera, normals), dim=-1, eps=1e-30)
+    points = points.permute(2, 0, 1).contiguous()  # planes: several times as fast
+    (a, b, c), (d, e, f) = (
+        torch.gradient(points, dim=axis)[0] if points.shape[axis] > 1 else torch.ones_like(points)
+        for axis in (2, 1)  # across, down
+    )
+    normals = torch.stack([b * f - c * e, c * d - a * f, a * e - b * d])
+    to_camera = center[:, None, None] - points
+    normals = torch.where((normals * to_camera).sum(0) < 0, -normals, normals)
+    flat = ~(normals.square().sum(0) >= 1e-40)  # beside unknown depth: no number
+    normals = torch.where(flat, to_camera, normals)
+    length = normals.square().sum(0).sqrt_().clamp_(min=1e-30)
+    return (normals / length).permute(1, 2, 0).contiguous()
 
 
 def project(points: Tensor, intrinsics: Tensor, extrinsics: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,25 @@ import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from vggt_cli.scene import Finding
 
 log = logging.getLogger(__name__)
+
+# Options that mean the same in several commands.
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only.")]
+Verbose = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, help="More words; -vv: tracebacks.")
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
+ReportJson = Annotated[bool, typer.Option("--json", help="Print the report, not just the folder.")]
+OverwriteOut = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a scene at --out, once the new is whole.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 
 
 class Progress:

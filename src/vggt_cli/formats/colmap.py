@@ -80,7 +80,8 @@ class Model:
 
     def observations_by_image(self) -> tuple[list[Array], Array]:
         """Each image's rows of the observations, and [K] the index of each within its image."""
-        frame = self.tracks.frame.numpy()
+        # Of 16 bits or fewer, as NumPy then counts instead of comparing.
+        frame = self.tracks.frame.numpy().astype(np.min_scalar_type(len(self.names)))
         order = np.argsort(frame, kind="stable")
         ends = np.searchsorted(frame[order], np.arange(len(self.names) + 1))
         rows = [order[a:b] for a, b in itertools.pairwise(ends)]

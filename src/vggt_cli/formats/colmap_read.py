@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from tokenize import TokenError
 from typing import NamedTuple
@@ -19,21 +20,21 @@ from vggt_cli.geometry import rotation_from_quaternion
 from vggt_cli.scene import Cameras, Tracks
 
 LENSES = MODELS[:11]  # those that every reader knows
-PLACES = ("reference", "sparse/0", "sparse")  # where a scene has its model
+PLACES = ("sparse/0", "sparse", "reference")  # where a scene has its model
 # What NumPy raises at .npy files that are cut or damaged: their header is Python.
 MALFORMED = (OSError, ValueError, EOFError, SyntaxError, TokenError, TypeError, OverflowError)
 UNDISTORT = "undistort the scene first: colmap image_undistorter"
 
 
-def locate(folder: Path) -> Path:
+def locate(folder: Path, places: Sequence[str] = PLACES) -> Path:
     """The folder of the model of the scene in `folder`, or `folder` itself where it is one.
 
-    Raises InputError if there is none.
+    places: in it, the first that holds a model. Raises InputError if there is none.
     """
-    for found in (*(folder / name for name in PLACES), folder):
+    for found in (*(folder / name for name in places), folder):
         if any((found / f"cameras.{kind}").is_file() for kind in ("bin", "txt")):
             return found
-    raise InputError(f"no COLMAP model in {', '.join(PLACES)}: {folder}")
+    raise InputError(f"no COLMAP model in {', '.join(places)}: {folder}")
 
 
 def read(folder: Path) -> Model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from vggt_cli.errors import InputError
 from vggt_cli.formats import colmap_read, points, writers
 from vggt_cli.formats.colmap import Model
 from vggt_cli.formats.images import Loaded, frame_of, load, load_sized
+from vggt_cli.formats.masks import matching
 from vggt_cli.geometry import keep_points, resize
 from vggt_cli.scene import (
     Cameras,
@@ -122,7 +123,7 @@ def _well_formed(path: Path) -> Iterator[None]:
 def read_foreign(folder: Path, photos: Path | None) -> Scene:
     """A COLMAP model, whoever made it, with its photos; nobody knows its depth.
 
-    photos: where they are; None: in images/ of `folder`.
+    photos: where they are; None: in images/ of `folder`. Masks in masks/ beside them count.
 
     Images whose photos cannot be read are left out, with a warning.
     Raises InputError for a model of distorted or of no such photos.
@@ -134,7 +135,8 @@ def read_foreign(folder: Path, photos: Path | None) -> Scene:
     photos = photos or folder / "images"
     if not photos.is_dir():
         raise InputError(f"no such folder of photos: {photos}", "give --images")
-    loaded = load(photos, [photos / name for name in model.names], SHAPING)
+    masks = _masks(photos.parent / "masks", model.names)
+    loaded = load(photos, [photos / name for name in model.names], SHAPING, masks=masks)
     missing = {name for name, _ in loaded.unreadable}
     model = _only(model, [i for i, name in enumerate(model.names) if name not in missing])
     H, W = loaded.images.size
@@ -151,6 +153,17 @@ def read_foreign(folder: Path, photos: Path | None) -> Scene:
         loaded.unreadable,
         seen_in="image",
     )
+
+
+def _masks(folder: Path, names: Sequence[str]) -> Sequence[Path | None]:
+    """See `masks.matching`; a folder of something else is no error, since nobody named it."""
+    if not folder.is_dir():
+        return ()
+    try:
+        return matching(folder, names)
+    except InputError as error:
+        log.warning("left out: %s (%s)", error, error.hint)
+        return ()
 
 
 def _frame(row: dict[str, Any]) -> Frame | None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import socket
 import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from vggt_cli.errors import InputError, OutputError
@@ -44,11 +47,26 @@ class Look(NamedTuple):
 
 
 class _Folder:
-    """A folder that is deleted when nothing holds this any more, or the program ends."""
+    """A folder that is deleted when nothing holds this any more, or the program ends.
+
+    It is locked, and the system lets go of a lock when a process ends, however it does: what
+    killed ones of this user and host left goes with the next.
+    """
 
     def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="vggt-frames-"))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        prefix = f"vggt-frames-{socket.gethostname()}-"  # no lock is sure to hold for other hosts
+        outer = Path(tempfile.mkdtemp(prefix=prefix))
+        weakref.finalize(self, shutil.rmtree, outer, ignore_errors=True)
+        for left in outer.parent.glob(f"{prefix}????????"):
+            # Another user's might be a trap; what was never locked may be at its beginning.
+            with suppress(OSError):
+                if left.lstat().st_uid == outer.stat().st_uid and (left / "locked").is_dir():
+                    with FileLock(left / "lock", timeout=0):
+                        shutil.rmtree(left, ignore_errors=True)
+        self.lock = FileLock(outer / "lock", timeout=0, thread_local=False)
+        with suppress(OSError, NotImplementedError):  # a disk without locks
+            self.lock.acquire()
+        self.path = outer / ("locked" if self.lock.is_locked else "frames")
 
 
 def as_photos(

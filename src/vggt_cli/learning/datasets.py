@@ -21,6 +21,8 @@ from vggt_cli.learning.places import uniform
 from vggt_cli.learning.synthetic import Sample
 from vggt_cli.scene import Cameras
 
+# Beside what is known a model of somebody's own may lie, and is no truth.
+TRUTH = ("reference", "sparse/0", "sparse")
 DEPTHS = (
     "depth/{}.npy",
     "stereo/depth_maps/{}.geometric.bin",
@@ -169,7 +171,7 @@ def open_scene(folder: Path) -> PhotoScene:
     .photometric.bin), of any size; photos may lack it.
     Raises InputError if there is no model, or it cannot be read, or a photo is missing.
     """
-    there = locate(folder)
+    there = locate(folder, TRUTH)
     model = read(there)
     for name in model.names:
         if not (folder / "images" / name).is_file():

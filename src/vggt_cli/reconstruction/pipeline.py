@@ -146,7 +146,13 @@ def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) ->
     """A finished scene with cameras that its photos confirm; depth follows and is fused again.
 
     Where they confirm none that are better, the scene as it was, with the reasons in `refinement`.
+    Intrinsics and poses that were given to be kept stay; raises InputError for "sfm" with poses.
     """
+    known = scene.made_by.options
+    if known.get("keep_poses"):
+        if options.method == "sfm":
+            raise InputError("made with --keep-poses, which sfm would not", "give --method ba")
+        options = dataclasses.replace(options, fixed_poses=True)
     stages = Stages(torch.device("cpu"), progress)
     loaded = photos.Loaded(scene.images, scene.photos, scene.unreadable)
     before = scene.prediction
@@ -164,7 +170,6 @@ def refine(scene: Scene, options: RefineOptions, progress: Progress = silent) ->
     warnings = (*scene.warnings, *_words(loaded, improved))
     if improved.tracks is None:
         return dataclasses.replace(scene, refinement=improved.refinement)
-    known = scene.made_by.options
     again = Options(
         **{f.name: known[f.name] for f in dataclasses.fields(Options) if f.name in known}
     )

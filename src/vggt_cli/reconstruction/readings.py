@@ -101,9 +101,12 @@ def disagreement(given: Tensor, predicted: Tensor) -> float:
 
     given, predicted: [P, 3, 4] world-to-camera in any two worlds, P at least 2.
     """
-    i, j = torch.triu_indices(len(given), len(given), 1)
-    stride = -(-len(i) // PAIRS)
-    i, j = i[::stride], j[::stride]
+    P = len(given)
+    ends = torch.arange(P - 1, 0, -1).cumsum(0)  # of each row of the triangle of all pairs
+    count = int(ends[-1])
+    pairs = torch.arange(0, count, -(-count // PAIRS))
+    i = torch.searchsorted(ends, pairs, right=True)
+    j = pairs - ends[i] + P
     a, b = (compose(e[j], invert(e[i])) for e in (given.double(), predicted.double()))
     cosine = ((a[:, :, :3] * b[:, :, :3]).sum((-2, -1)) - 1) / 2
     ways, lengths = (a[:, :, 3], b[:, :, 3]), (a[:, :, 3].norm(dim=-1), b[:, :, 3].norm(dim=-1))
