@@ -180,23 +180,32 @@ def test_keyframes_first_drift_less_than_frames_in_a_row() -> None:
     network = StandIn(300, lap=400)
     keyframes = list(range(0, 300, 6))
     main = [[keyframes[k] for k in part] for part in in_order(len(keyframes), 16, 8)]
-    parts = main + between(300, keyframes, 16, 8)
-    result = predict_windows(network, everything(network), parts, main=len(main))
+    rest = between(300, keyframes, 16, 8)
+    result = predict_windows(network, everything(network), main, rest)
     error = trajectory_error(network, result.prediction.cameras)
     in_a_row = trajectory_error(network, joined(network, 16).prediction.cameras)
     print(f"error {error:.3f} m with keyframes first, {in_a_row:.3f} in a row")
     assert error < 0.5 * in_a_row
 
 
-def test_loops_are_sought_among_the_first_windows_alone() -> None:
-    network = StandIn(300, lap=150)
-    keyframes = list(range(0, 300, 5))
+def test_frames_between_move_no_keyframe() -> None:
+    network = StandIn(150, lap=100)
+    keyframes = list(range(0, 150, 5))
     main = [[keyframes[k] for k in part] for part in in_order(len(keyframes), 12, 6)]
-    parts = main + between(300, keyframes, 12, 6)
-    result = predict_windows(network, everything(network), parts, main=len(main))
-    ends = [int(name) for loop in result.drift["loops"] for name in loop["images"]]
-    assert ends
-    assert set(ends) <= set(keyframes)
+    rest = between(150, keyframes, 12, 6)
+    whole = predict_windows(network, everything(network), main, rest)
+    numbers = {frame: k for k, frame in enumerate(keyframes)}
+    parts = [[numbers[frame] for frame in part] for part in main]
+    alone = predict_windows(network, network.images(keyframes), parts)
+    assert alone.drift["loops"]
+    assert whole.drift["loops"] == alone.drift["loops"]
+    assert_close(
+        whole.prediction[keyframes].cameras.extrinsics, alone.prediction.cameras.extrinsics
+    )
+    assert_close(whole.prediction.depth[keyframes], alone.prediction.depth)
+    named = [int(name) for joint in whole.drift["between"] for name in joint["images"]]
+    assert sorted(named) == sorted({*range(150)} - {*keyframes})
+    assert max(joint["residual"] for joint in whole.drift["between"]) < 0.05
 
 
 def test_frames_that_only_look_alike_close_no_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +251,7 @@ def test_windows_of_mini_come_near_the_whole() -> None:
     done: list[tuple[int, int]] = []
     windows = in_order(12, 8, 4)
     result = predict_windows(
-        partial(predict, network), images, windows, lambda *said: done.append(said)
+        partial(predict, network), images, windows, progress=lambda *said: done.append(said)
     )
     assert done == [(1, 2), (2, 2)]
     whole = predict(network, images)
@@ -330,4 +339,4 @@ def test_what_lies_on_disk_is_fused_as_it_is() -> None:
 def test_a_pass_of_one_window_needs_no_graph() -> None:
     network = flawless(5)
     result = predict_windows(network, everything(network), in_order(5, 10, 4))
-    assert result.drift == {"windows": 1, "joints": [], "loops": []}
+    assert result.drift == {"windows": 1, "joints": [], "loops": [], "between": []}

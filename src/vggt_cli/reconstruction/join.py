@@ -58,11 +58,7 @@ def join(first: Prediction, second: Prediction, valid: Tensor) -> Joint:
     similarity = _by_cameras(first, second, ratio, usual)
     stretch = ratio / similarity.scale
     lens = first.cameras.intrinsics  # of the same frames, so that one of the two is wrong
-    second = replace(
-        second,
-        depth=second.depth * stretch,
-        cameras=replace(second.cameras, intrinsics=lens),
-    )
+    second = stretched(replace(second, cameras=replace(second.cameras, intrinsics=lens)), stretch)
     x, y = (_points(p, frame, row, column) for p in (first, second))
     try:
         by_points = fit_robustly(y, x, depth, similarity)
@@ -76,6 +72,11 @@ def join(first: Prediction, second: Prediction, valid: Tensor) -> Joint:
     agree = float((residuals <= AGREES).double().mean())
     middle = float(residuals.median())
     return Joint(similarity, _anchors(y), usual, middle, agree, len(valid), stretch)
+
+
+def stretched(prediction: Prediction, times: float) -> Prediction:
+    """The prediction so many times as deep, its cameras where they are."""
+    return replace(prediction, depth=prediction.depth * times)
 
 
 def through(first: Joint, second: Joint) -> Joint:

@@ -59,31 +59,32 @@ def _in_windows(
     most = work.window
     if len(images) <= most:
         return predict(network, windows.exact(images)), None
-    parts, main = _parts(images, most)
-    log.info("%d frames in %d windows of %d", len(images), len(parts), most)
+    main, between = _parts(images, most)
+    count = len(main) + len(between)
+    log.info("%d frames in %d windows of %d", len(images), count, most)
     said = partial(progress, "predict")
-    joined = windows.predict_windows(partial(predict, network), images, parts, said, main)
+    joined = windows.predict_windows(partial(predict, network), images, main, between, said)
     if work.on_disk:
         return joined.prediction, joined.drift
     return joined.in_memory, joined.drift
 
 
-def _parts(images: ImageSet, most: int) -> tuple[list[list[int]], int]:
-    """Windows of at most `most` frames, and how many of the first have loops.
+def _parts(images: ImageSet, most: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows of at most `most` frames, and those for the frames between.
 
-    Of a sequence first windows of its keyframes: frames in a row that are all but the same have
-    too short a baseline. Then the frames between them, each with the keyframes around it.
+    The former are of a sequence's keyframes: frames in a row that are all but the same have too
+    short a baseline.
     """
     half = most // 2
     looks = loops.descriptors((images[some], None) for some in room.chunks(images))
     if not windows.follows(looks):
-        parts = windows.by_looks(looks, most, half)
-        return parts, len(parts)
+        return windows.by_looks(looks, most, half), []
     keyframes = motion.keyframes(_views(images))
     if len(keyframes) < KEYFRAMES:
         keyframes = list(range(len(images)))
-    parts = [[keyframes[k] for k in part] for part in windows.in_order(len(keyframes), most, half)]
-    return parts + windows.between(len(images), keyframes, most, half), len(parts)
+    parts = windows.in_order(len(keyframes), most, half)
+    main = [[keyframes[k] for k in part] for part in parts]
+    return main, windows.between(len(images), keyframes, most, half)
 
 
 def _views(images: ImageSet) -> Iterator[motion.View]:

@@ -51,10 +51,11 @@ class Shelf:
             some, depth=some.depth.float(), confidence=some.confidence.float(), tokens=None
         )
 
-    def chunks(self, images: ImageSet) -> Iterator[tuple[ImageSet, Tensor | None]]:
-        """All frames and their tokens in order, few at a time."""
-        for some in chunks(images):
-            yield images[some], None if self.all.tokens is None else self.all.tokens[some]
+    def chunks(self, images: ImageSet, frames: Tensor) -> Iterator[tuple[ImageSet, Tensor | None]]:
+        """The `frames` [n] and their tokens in order, few at a time."""
+        for some in chunks(frames):
+            which = frames[some].tolist()
+            yield images[which], None if self.all.tokens is None else self.all.tokens[which]
 
     def place(self, poses: Sequence[Similarity], owner: Tensor, stretch: float = 1.0) -> None:
         """Moves every frame into the common world, of which `poses[owner[frame]]` are the way.

@@ -20,7 +20,7 @@ from vggt_cli.formats import room
 from vggt_cli.geometry import move_prediction
 from vggt_cli.reconstruction import graph, loops
 from vggt_cli.reconstruction.graph import Link
-from vggt_cli.reconstruction.join import join, through
+from vggt_cli.reconstruction.join import Joint, join, stretched, through
 from vggt_cli.reconstruction.shelf import Shelf
 from vggt_cli.scene import ImageSet, Prediction, Similarity
 
@@ -148,15 +148,15 @@ def predict_windows(
     predict: Predict,
     images: ImageSet,
     windows: Sequence[list[int]],
+    between: Sequence[list[int]] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
-    main: int | None = None,
 ) -> Joined:
-    """All frames of `windows` in the world of frame 0; memory of one window.
+    """All frames of the windows in the world of frame 0; memory of one window.
 
     Every window but the first holds frames of earlier ones. Loops are found by looks, confirmed
-    by predicting frames of both sides together, and closed by `graph.solve`.
-    images: of all frames, perhaps on disk. progress: windows done, of all. main: so many of the
-    first windows have loops; None: all.
+    by predicting frames of both sides together, and closed by `graph.solve`. Then come the windows
+    `between`, each placed by its frames of `windows` alone: they move nothing.
+    images: of all frames, perhaps on disk. progress: windows done, of all.
     Raises GeometryError if `predict` does; OutputError where the disk is full.
     """
     assert windows[0][0] == 0, windows[0][:3]
@@ -171,23 +171,27 @@ def predict_windows(
         back = _links(number, window, owner, shelf, images.valid, prediction)
         links += back
         stretch.append(graph.strongest(back).joint.stretch if back else 1.0)
-        prediction = dataclasses.replace(prediction, depth=prediction.depth * stretch[-1])
         new = [k for k, frame in enumerate(window) if owner[frame] < 0]
         owner[[window[k] for k in new]] = number
-        shelf.put([window[k] for k in new], prediction[new])
+        shelf.put([window[k] for k in new], stretched(prediction[new], stretch[-1]))
         room.let_go()
-        progress(number + 1, len(windows))
+        progress(number + 1, len(windows) + len(between))
     assert shelf is not None
-    assert (owner >= 0).all(), "a frame is in no window"
-    main = len(windows) if main is None else main
-    found = _loops(predict, images, shelf, owner, links, main) if main > 1 else []
+    found = _loops(predict, images, shelf, owner, links) if len(windows) > 1 else []
     start = graph.chain(len(windows), links)
     poses = graph.solve(start, links + found)
     log.info("%d windows, %d loops closed", len(windows), len(found))
     # Which windows are too deep nobody knows: as most frames were predicted, so are all.
-    shelf.place(poses, owner, 1 / float(torch.tensor(stretch)[owner].median()))
-    room.let_go()
-    return Joined(shelf.all, _drift(images.names, links, found, start, poses))
+    usual = float(torch.tensor(stretch)[owner[owner >= 0]].median())
+    shelf.place(poses, owner, 1 / usual)
+    drift = _drift(images.names, links, found, start, poses)
+    known = owner >= 0
+    for number, window in enumerate(between):
+        joint, new = _place(predict, images, shelf, known, window)
+        drift["between"].append({"images": [images.names[k] for k in new], **_words(joint)})
+        progress(len(windows) + number + 1, len(windows) + len(between))
+    assert known.all(), "a frame is in no window"
+    return Joined(shelf.all, drift)
 
 
 def exact(images: ImageSet) -> ImageSet:
@@ -216,23 +220,43 @@ def _links(
     return found
 
 
+def _place(
+    predict: Predict, images: ImageSet, shelf: Shelf, known: Tensor, window: list[int]
+) -> tuple[Joint, list[int]]:
+    """Puts the frames of `window` that are not `known` on the shelf, by those that are.
+
+    The joint, and the new frames.
+    """
+    prediction = predict(exact(images[window]))
+    shared = known[window].nonzero()[:, 0].tolist()
+    new = (~known[window]).nonzero()[:, 0].tolist()
+    frames = [window[k] for k in shared]
+    joint = join(shelf.read(frames), prediction[shared], images.valid[frames])
+    placed = move_prediction(stretched(prediction[new], joint.stretch), joint.similarity)
+    shelf.put([window[k] for k in new], placed)
+    known[[window[k] for k in new]] = True
+    room.let_go()
+    return joint, [window[k] for k in new]
+
+
 def _loops(
     predict: Predict,
     images: ImageSet,
     shelf: Shelf,
     owner: Tensor,
     links: Sequence[Link],
-    main: int,
 ) -> list[Link]:
-    """Links between far windows, among the first `main`, that the network confirms."""
-    seen = (owner < main).nonzero()[:, 0]
-    side = min(LOOP_SIDE, int(owner.bincount().max()) // 2)  # no more frames than a window has
+    """Links between far windows that the network confirms."""
+    count, seen = links[-1].second + 1, (owner >= 0).nonzero()[:, 0]
+    side = min(
+        LOOP_SIDE, int(owner[seen].bincount().max()) // 2
+    )  # no more frames than a window has
     usual = float(torch.tensor([link.joint.residual for link in links]).median())
     pairs = loops.candidates(
-        loops.descriptors(shelf.chunks(images))[seen],
+        loops.descriptors(shelf.chunks(images, seen)),
         owner[seen],
-        graph.hops(links[-1].second + 1, links),
-        int(LOOPS * main) + 1,
+        graph.hops(count, links),
+        int(LOOPS * count) + 1,
     )
     found = []
     for i, j in seen[torch.tensor(pairs, dtype=torch.long).view(-1, 2)].tolist():
@@ -281,17 +305,13 @@ def _drift(
         before, after = (dataclasses.asdict(graph.gap(link, p)) for p in (start, poses))
         at = [names[frame] for frame in link.loop]
         closed.append({"images": at, "before": before, "after": after})
-    joints = [
-        {
-            "windows": [link.first, link.second],
-            "frames": link.joint.frames,
-            "residual": link.joint.residual,
-            "agree": link.joint.agree,
-            "stretch": link.joint.stretch,
-        }
-        for link in links
-    ]
-    return {"windows": len(poses), "joints": joints, "loops": closed}
+    joints = [{"windows": [link.first, link.second], **_words(link.joint)} for link in links]
+    return {"windows": len(poses), "joints": joints, "loops": closed, "between": []}
+
+
+def _words(joint: Joint) -> dict[str, Any]:
+    names = "frames", "residual", "agree", "stretch"
+    return {name: getattr(joint, name) for name in names}
 
 
 def _then(first: ImageSet, second: ImageSet) -> ImageSet:
