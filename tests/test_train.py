@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,15 @@ def test_the_same_seed_takes_the_same_steps_and_another_does_not(tmp_path: Path)
     assert not equal(first, run(tmp_path / "other", 2, data=data))
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT is heard, as a shell's background job would not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     steps, changes = 44, {"log_steps": 3, "look_steps": 22}  # beyond the first block of scenes
     run(tmp_path / "whole", steps, **changes)
