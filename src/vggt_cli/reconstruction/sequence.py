@@ -22,6 +22,7 @@ from vggt_cli.scene import ImageSet, Prediction
 log = logging.getLogger(__name__)
 
 KEYFRAMES = 3  # at least: of fewer, windows would share too little
+DENSE = 5  # frames for each keyframe, at least; fewer come in a row, as steps are wide enough
 Predicted = tuple[Prediction, dict[str, Any] | None]
 
 
@@ -72,15 +73,15 @@ def _in_windows(
 def _parts(images: ImageSet, most: int) -> tuple[list[list[int]], list[list[int]]]:
     """Windows of at most `most` frames, and those for the frames between.
 
-    The former are of a sequence's keyframes: frames in a row that are all but the same have too
-    short a baseline.
+    The former are of a dense sequence's keyframes: frames in a row that are all but the same have
+    too short a baseline.
     """
     half = most // 2
     looks = loops.descriptors((images[some], None) for some in room.chunks(images))
     if not windows.follows(looks):
         return windows.by_looks(looks, most, half), []
     keyframes = motion.keyframes(_views(images))
-    if len(keyframes) < KEYFRAMES:
+    if not KEYFRAMES <= len(keyframes) <= len(images) / DENSE:
         keyframes = list(range(len(images)))
     parts = windows.in_order(len(keyframes), most, half)
     main = [[keyframes[k] for k in part] for part in parts]
