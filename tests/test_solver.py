@@ -94,6 +94,17 @@ def test_exact_matches_and_depths_give_the_cameras(frames: int) -> None:
     assert found.agreement.min() > 0.95
 
 
+def test_many_frames_are_solved_after_threads_were_asked_for() -> None:
+    matches, depth, R, _ = scene(30)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)  # from then on MKL's LU of several large matrices is wrong
+        found = solver.cameras(matches, chart(depth), still(depth), torch.tensor([FOCAL]))
+    finally:
+        torch.set_num_threads(threads)
+    assert degrees(found.rotation, R) < 0.5
+
+
 def test_without_depth_the_cameras_are_found_all_the_same() -> None:
     matches, depth, R, t = scene(4, seed=1)
     flat = torch.full_like(depth, 2.5)

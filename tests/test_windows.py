@@ -155,6 +155,40 @@ def test_a_stream_gives_each_chunk_as_it_comes_in_the_world_of_the_first() -> No
     assert trajectory_error(network, found) < 1e-3
 
 
+def test_windows_that_take_lens_and_depth_for_longer_fit_the_others() -> None:
+    network = flawless(30, lap=60)
+    asked = 0
+
+    def unsure(images: ImageSet) -> Prediction:
+        nonlocal asked
+        asked += 1
+        seen = network(images)
+        longer = 1.5 if asked % 3 == 0 else 1.0
+        intrinsics = seen.cameras.intrinsics.clone()
+        intrinsics[:, [0, 1], [0, 1]] *= longer
+        cameras = dataclasses.replace(seen.cameras, intrinsics=intrinsics)
+        return dataclasses.replace(seen, cameras=cameras, depth=longer * seen.depth)
+
+    chunks = (network.images(list(range(start, start + 5))) for start in range(0, 30, 5))
+    parts = list(stream(unsure, chunks, overlap=5))
+    found = predict_windows(unsure, everything(network), in_order(30, 10, 5))
+    even, rest = list(range(0, 30, 2)), between(30, list(range(0, 30, 2)), 12, 8)
+    main = [[even[k] for k in part] for part in in_order(15, 8, 4)]
+    first = predict_windows(unsure, everything(network), main, rest)
+    truth = network(everything(network)).depth
+    for depth, extrinsics in (
+        (
+            torch.cat([part.depth for part in parts]),
+            torch.cat([p.cameras.extrinsics for p in parts]),
+        ),
+        (found.prediction.depth.float(), found.prediction.cameras.extrinsics),
+        (first.prediction.depth.float(), first.prediction.cameras.extrinsics),
+    ):
+        assert trajectory_error(network, Cameras(extrinsics, *lens(network))) < 0.01
+        ratio = (depth / truth).log()
+        assert (ratio - ratio.median()).abs().quantile(0.9) < 0.02
+
+
 def lens(network: StandIn) -> tuple[Tensor, Tensor]:
     return network.cameras.intrinsics.float(), network.cameras.image_size
 

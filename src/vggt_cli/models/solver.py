@@ -256,7 +256,11 @@ def _step(
     sides[:, -1] += strength * wrong[1]
     free = whole[:, 6:, 6:]
     free = free + torch.diag_embed(1e-3 * torch.diagonal(free, dim1=-2, dim2=-1) + 1e-6)
-    step = F.pad(-torch.linalg.solve(free, sides[:, 6:]), (6, 0))
+    # Not linalg.solve: once torch.set_num_threads was called, MKL's LU of several matrices of more
+    # than about 150 rows is wrong, without a word. Where rounding leaves one indefinite: no step.
+    factor, indefinite = torch.linalg.cholesky_ex(free)
+    solved = torch.cholesky_solve(sides[:, 6:, None], factor)[..., 0]
+    step = F.pad(torch.where(indefinite[:, None] == 0, -solved, 0), (6, 0))
     own = step.gather(1, slot.flatten(1)).view(B, S, -1, 1)
     return step, -(depth_right + (mixed @ own)[..., 0]) / depth
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,14 +49,10 @@ def chain(count: int, links: Sequence[Link]) -> list[Similarity]:
     """
     poses = [Similarity(1.0, torch.eye(3).double(), torch.zeros(3).double())]
     for number in range(1, count):
-        best = strongest(link for link in links if link.second == number and link.loop is None)
+        back = [link for link in links if link.second == number and link.loop is None]
+        best = max(back, key=lambda link: (link.joint.frames, -link.joint.residual))
         poses.append(poses[best.first] @ best.joint.similarity)
     return poses
-
-
-def strongest(links: Iterable[Link]) -> Link:
-    """The one with most frames; of several the one that fits best."""
-    return max(links, key=lambda link: (link.joint.frames, -link.joint.residual))
 
 
 def hops(count: int, links: Sequence[Link]) -> Array:

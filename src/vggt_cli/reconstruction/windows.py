@@ -67,7 +67,7 @@ def stream(predict: Predict, chunks: Iterable[ImageSet], overlap: int) -> Iterat
         if before is not None:
             joint = join(before[1], prediction[:shared], before[0].valid)
             log.debug("%s: residual %.4f", window.names[shared], joint.residual)
-            prediction = move_prediction(prediction, joint.similarity)
+            prediction = _moved(prediction, joint)
         yield prediction[shared:]
         before = window[-overlap:], prediction[-overlap:]
 
@@ -168,12 +168,12 @@ def predict_windows(
         prediction = predict(exact(images[window]))
         if shelf is None:
             shelf = Shelf.like(prediction, len(images))
-        back = _links(number, window, owner, shelf, images.valid, prediction)
+        back, prediction = _links(number, window, owner, shelf, images.valid, prediction)
         links += back
-        stretch.append(graph.strongest(back).joint.stretch if back else 1.0)
+        stretch.append(back[0].joint.stretch if back else 1.0)
         new = [k for k, frame in enumerate(window) if owner[frame] < 0]
         owner[[window[k] for k in new]] = number
-        shelf.put([window[k] for k in new], stretched(prediction[new], stretch[-1]))
+        shelf.put([window[k] for k in new], prediction[new])
         room.let_go()
         progress(number + 1, len(windows) + len(between))
     assert shelf is not None
@@ -208,16 +208,28 @@ def _links(
     shelf: Shelf,
     valid: Tensor,
     prediction: Prediction,
-) -> list[Link]:
-    """The window's joints to the earlier ones that own frames of it."""
+) -> tuple[list[Link], Prediction]:
+    """The window's joints to the earlier ones that own frames of it, and what it says, stretched.
+
+    The one that shares most with it comes first, and tells how deep it is: from then on, for few
+    shared frames tell no scale of cameras.
+    """
     of_frame = owner[window]
-    found = []
-    for other in of_frame[of_frame >= 0].unique().tolist():
+    others, counts = of_frame[of_frame >= 0].unique(return_counts=True)
+    found: list[Link] = []
+    for other in others[counts.argsort(descending=True, stable=True)].tolist():
         shared = (of_frame == other).nonzero()[:, 0].tolist()
         frames = [window[k] for k in shared]
         joint = join(shelf.read(frames), prediction[shared], valid[frames])
+        if not found:
+            prediction = stretched(prediction, joint.stretch)
         found.append(Link(other, number, joint))
-    return found
+    return found, prediction
+
+
+def _moved(prediction: Prediction, joint: Joint) -> Prediction:
+    """The second window's prediction in the first one's world."""
+    return move_prediction(stretched(prediction, joint.stretch), joint.similarity)
 
 
 def _place(
@@ -232,8 +244,7 @@ def _place(
     new = (~known[window]).nonzero()[:, 0].tolist()
     frames = [window[k] for k in shared]
     joint = join(shelf.read(frames), prediction[shared], images.valid[frames])
-    placed = move_prediction(stretched(prediction[new], joint.stretch), joint.similarity)
-    shelf.put([window[k] for k in new], placed)
+    shelf.put([window[k] for k in new], _moved(prediction[new], joint))
     known[[window[k] for k in new]] = True
     room.let_go()
     return joint, [window[k] for k in new]
@@ -248,9 +259,8 @@ def _loops(
 ) -> list[Link]:
     """Links between far windows that the network confirms."""
     count, seen = links[-1].second + 1, (owner >= 0).nonzero()[:, 0]
-    side = min(
-        LOOP_SIDE, int(owner[seen].bincount().max()) // 2
-    )  # no more frames than a window has
+    most = int(owner[seen].bincount().max())
+    side = min(LOOP_SIDE, most // 2)  # no more frames than a window has
     usual = float(torch.tensor([link.joint.residual for link in links]).median())
     pairs = loops.candidates(
         loops.descriptors(shelf.chunks(images, seen)),
