@@ -43,7 +43,7 @@ def test_amounts_name_all_that_costs_something() -> None:
     assert of["window tokens"] == 60 * tokens
     assert of["held"] == 60 * 192 * 288
     few = amounts(dataclasses.replace(WORK, frames=10, refined=True))
-    assert few["whole pairs"] == 45
+    assert few["whole pairs"] == 45 * few["searched photo"]
     assert few["sightings"] == 0  # photos say what is seen where
     assert few["set attention"] == (10 * tokens) ** 2
     assert few["held"] == 10 * 192 * 288

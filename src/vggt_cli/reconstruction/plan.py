@@ -117,7 +117,7 @@ def amounts(work: Work) -> dict[str, float]:
         "window tokens": n * T,
         "searched photo": searched,
         "searched photos": S * searched,
-        "whole pairs": S * (S - 1) / 2 if S <= EXHAUSTIVE else 0,  # of all features
+        "whole pairs": S * (S - 1) / 2 * searched if S <= EXHAUSTIVE else 0,  # of all features
         "pairs": pairs if S > EXHAUSTIVE else 0,  # of the largest
         "all pairs": S**2 if S <= ALL_PAIRS else 0,
         "candidates": dense + sparse,
