@@ -68,7 +68,7 @@ def test_a_hand_that_trembles_goes_nowhere() -> None:
 
 def test_an_orbit_moves_though_the_middle_of_its_view_does_not() -> None:
     found = keyframes(passing(x) for x in range(0, 100))
-    assert 8 <= len(found) <= 14  # 100 pixels are twelve steps
+    assert 8 <= len(found) <= 14  # 100 pixels are ten steps
 
 
 @pytest.mark.parametrize("grain", [8, 0])

@@ -251,11 +251,7 @@ def _place(
 
 
 def _loops(
-    predict: Predict,
-    images: ImageSet,
-    shelf: Shelf,
-    owner: Tensor,
-    links: Sequence[Link],
+    predict: Predict, images: ImageSet, shelf: Shelf, owner: Tensor, links: Sequence[Link]
 ) -> list[Link]:
     """Links between far windows that the network confirms."""
     count, seen = links[-1].second + 1, (owner >= 0).nonzero()[:, 0]
